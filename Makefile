@@ -1,0 +1,53 @@
+# Makes its own environment in .venv; `make help` lists what there is.
+
+PYTHON ?= python3
+OUT ?= unetq-demo
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := monai_unetq tests $(wildcard benchmarks)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo [DATA=DIR] [OUT=DIR]  train, quantize and measure a small U-Net; report in OUT ($(OUT))"
+	@echo "                                DATA holds image/ and label/; without it, a generated phantom"
+	@echo "make test                       lint, type check and all tests"
+	@echo "make lint                       lint and type check only"
+	@echo "make clean                      remove caches and build outputs (not $(VENV), not results)"
+	@echo ""
+	@echo "The first demo or test makes $(VENV) with PYTHON ($(PYTHON)) and installs into it: minutes, and about 6 GB."
+
+demo: $(VENV)/.installed-report
+	@$(BIN)/unetq demo $(if $(DATA),--data "$(DATA)") --out "$(OUT)"
+
+test: lint
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+lint: $(VENV)/.installed-test
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/mypy $(SOURCES)
+
+clean:
+	rm -rf build dist monai_unetq.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, found " + sys.version.split()[0] + ": make PYTHON=/path/to/python3")'
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# Stamps: installed again when the metadata change. The test environment holds the demo's.
+$(VENV)/.installed-report: setup.cfg pyproject.toml | $(BIN)/python
+	@echo "installing monai-unetq[report] into $(VENV); torch makes this take minutes the first time"
+	@$(PIP) install --editable '.[report]'
+	@touch $@
+
+$(VENV)/.installed-test: setup.cfg pyproject.toml | $(BIN)/python
+	@echo "installing monai-unetq[report,test] into $(VENV); torch makes this take minutes the first time"
+	@$(PIP) install --editable '.[report,test]'
+	@touch $@ $(VENV)/.installed-report

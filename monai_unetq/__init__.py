@@ -1,0 +1,68 @@
+"""Makes trained medical segmentation networks small and fast, inside MONAI and nnU-Net.
+
+Names resolve when they are first used (PEP 562), so that importing the package imports neither torch nor MONAI.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import networks
+    from .deploy import inspect_packed, pack, unpack
+    from .formats import QFormat
+    from .plan import LayerPlan, QuantPlan
+    from .surgery import dequantize, fold, observe, plan_of, quantize
+    from .training import calibrate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LayerPlan",
+    "QFormat",
+    "QuantPlan",
+    "__version__",
+    "calibrate",
+    "dequantize",
+    "fold",
+    "inspect_packed",
+    "networks",
+    "observe",
+    "pack",
+    "plan_of",
+    "quantize",
+    "unpack",
+]
+
+_HOME = {
+    "LayerPlan": "plan",
+    "QFormat": "formats",
+    "QuantPlan": "plan",
+    "calibrate": "training",
+    "dequantize": "surgery",
+    "fold": "surgery",
+    "inspect_packed": "deploy",
+    "observe": "surgery",
+    "pack": "deploy",
+    "plan_of": "surgery",
+    "quantize": "surgery",
+    "unpack": "deploy",
+}
+"""Public name → the module of ours that defines it."""
+
+_SUBMODULES = frozenset({"networks"})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f"{__name__}.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

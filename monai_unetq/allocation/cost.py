@@ -1,0 +1,50 @@
+"""Cost of a network's formats: bytes of weights and of activations, as stored at their true bit widths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor, nn
+
+from ..formats import QFormat
+from ..surgery.observe import observe
+from ..surgery.quantize import quantized_layers
+
+__all__ = ["Cost", "cost_of"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes for one image.
+
+    Attributes:
+        weight_bytes: all parameters: rounded weights at their formats' bits, the rest (biases, norms) as float32.
+        activation_bytes: the inputs of all convolutions, transposed convolutions and linear layers at their
+            formats' bits, float ones as float32.
+    """
+
+    weight_bytes: int
+    activation_bytes: int
+
+
+def cost_of(network: nn.Module, example: Tensor) -> Cost:
+    """What a network's weights and activations take, in bytes.
+
+    Args:
+        network: float or quantized.
+        example: (1, C, spatial…), the image whose activations are counted.
+    """
+    quantized = quantized_layers(network)
+    weight_bits = sum(p.numel() for p in network.parameters() if p.dim() > 0) * 32
+    for layer in quantized.values():
+        weight_bits -= layer.weight.numel() * (32 - layer.weight_quantizer.number_format.bits)
+    for layer in quantized.values():  # learned scales are formats, not weights
+        for quantizer in (layer.input_quantizer, layer.weight_quantizer):
+            weight_bits -= 32 * sum(p.numel() for p in quantizer.parameters() if p.dim() > 0)
+    activation_bits = 0
+    for call in observe(network, example).calls:
+        found = quantized.get(call.layer)
+        number_format = QFormat("float") if found is None else found.input_quantizer.number_format
+        activation_bits += prod(call.input_shape) * number_format.bits
+    return Cost(-(-weight_bits // 8), -(-activation_bits // 8))

@@ -1,0 +1,313 @@
+"""The packed checkpoint: a quantized network in one safetensors file, weights at their true bit width.
+
+Every rounded weight is one uint8 tensor, a stream of integer codes, under its state-dict key; all other state (biases,
+scales, norms that could not be folded) stands beside it as it is. What is registered under several names is there once. The file's metadata carries one JSON document:
+plan, network, what was folded, versions, and a checksum over all of it. Nothing in it is executed.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..formats import QFormat
+from ..layers import PAIRED_NORMS, QUANTIZED_LAYERS, PairedNorm, QuantizedLayer, quantize_layer
+from ..plan import LayerPlan, QuantPlan
+from ..surgery import plan_of
+from ..surgery.fold import FoldedNorm, fold_pairs, take_norm_out
+from ..surgery.quantize import quantized_layers
+from .bits import pack_codes, unpack_codes
+
+__all__ = ["inspect_packed", "pack", "unpack"]
+
+KEY = "monai_unetq"
+VERSION = 1
+
+_WITH_BIAS: Any = (*QUANTIZED_LAYERS, QuantizedLayer)
+
+
+def pack(network: nn.Module, path: str | Path) -> Path:
+    """Write a quantized network as a packed checkpoint, atomically.
+
+    The network is left as it is; batch norms that are paired with a convolution are folded in the file.
+
+    Args:
+        network: quantized (and trained or calibrated).
+        path: the file to write; its folder must exist.
+
+    Returns:
+        the path.
+
+    Raises:
+        ValueError: if the network is not quantized, or a weight holds NaN.
+    """
+    path = Path(path)
+    plan = plan_of(network)
+    paired = any(isinstance(module, PairedNorm) for module in network.modules())
+    baked = fold_pairs(copy.deepcopy(network).cpu()) if paired else network
+    layers = quantized_layers(baked)
+    state = {key: value.detach().cpu() for key, value in _state(baked).items()}
+    tensors: dict[str, Tensor] = {}
+    packed: dict[str, list[int]] = {}
+    for key, value in state.items():
+        layer = layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
+        if not torch.isfinite(value).all():
+            raise ValueError(f"'{key}' holds NaN or infinity: the network is not fit to be packed")
+        if layer is None or layer.weight_quantizer.number_format.is_float:
+            tensors[key] = value.contiguous().clone()
+        else:
+            tensors[key] = torch.from_numpy(_packed_weight(layer))
+            packed[key] = list(value.shape)
+    document: dict[str, Any] = {
+        "version": VERSION,
+        "network": f"{type(network).__module__}.{type(network).__qualname__}",
+        "plan": plan.to_json(),
+        "packed": packed,
+        "folded": sorted(name for name, module in baked.named_modules() if isinstance(module, FoldedNorm)),
+        "versions": {name: _version(name) for name in ("monai-unetq", "torch")},
+    }
+    document["checksum"] = _checksum(document, tensors)
+    data = save(tensors, {KEY: json.dumps(document)})
+    scratch = path.with_name(path.name + ".part")
+    try:
+        scratch.write_bytes(data)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return path
+
+
+def unpack(path: str | Path, network: nn.Module) -> nn.Module:
+    """Load a packed checkpoint into a network of the same architecture, in place.
+
+    Args:
+        path: a file written by ``pack``.
+        network: float, of the class and arguments that the packed one had; its weights are replaced.
+
+    Returns:
+        the network, quantized and folded, in evaluation mode: its outputs are those of the packed one, bit for
+        bit (on one device, and with weights in the same memory format).
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is truncated, corrupted or foreign, or the network is another one; the network
+            is not changed then.
+    """
+    path = Path(path)
+    document, tensors = _read(path)
+    plan = QuantPlan.from_json(document["plan"], f"{path}: plan")
+    if any(isinstance(m, QuantizedLayer) for m in network.modules()):
+        raise ValueError(
+            f"{path} cannot be unpacked into a quantized {type(network).__name__}: give a float network of the "
+            "same architecture"
+        )
+    packed_type, found_type = document["network"], f"{type(network).__module__}.{type(network).__qualname__}"
+    wrong = f"{path} holds a {packed_type.rpartition('.')[2]} that does not fit this {found_type.rpartition('.')[2]}"
+    trial = copy.deepcopy(network)  # so that a file that does not fit leaves the network as it was
+    _prepare(trial, plan, document["folded"], tensors, wrong)
+    _load(trial, tensors, _decoded(tensors, document, plan, path), wrong)
+    _prepare(network, plan, document["folded"], tensors, wrong)
+    network.load_state_dict(trial.state_dict())
+    return network.eval()
+
+
+def inspect_packed(path: str | Path) -> dict[str, Any]:
+    """What a packed checkpoint says and holds, counted on the file as it is read back.
+
+    Args:
+        path: a file written by ``pack``.
+
+    Returns:
+        a JSON document: network, versions, plan, ``file_bytes``, ``weight_bytes`` (packed codes),
+        ``float_bytes`` (what the same weights take in float32), and for each layer its formats, number of
+        weights, bytes, number of distinct codes and how often each occurs.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is truncated, corrupted or foreign.
+    """
+    path = Path(path)
+    document, tensors = _read(path)
+    plan = QuantPlan.from_json(document["plan"], f"{path}: plan")
+    layers = []
+    for key, shape in document["packed"].items():
+        name = key.removesuffix(".weight")
+        number_format = plan[name].weight
+        codes = _codes(tensors[key], number_format, shape, path, key)
+        values, counts = np.unique(codes, return_counts=True)
+        layers.append(
+            {
+                "name": name,
+                "weight": str(number_format),
+                "input": str(plan[name].input),
+                "parameters": int(codes.size),
+                "bytes": int(tensors[key].numel()),
+                "codes": int(values.size),
+                "histogram": {str(v): int(c) for v, c in zip(values, counts, strict=True)},
+            }
+        )
+    return {
+        "path": str(path),
+        "network": document["network"],
+        "versions": document["versions"],
+        "file_bytes": path.stat().st_size,
+        "weight_bytes": sum(layer["bytes"] for layer in layers),
+        "float_bytes": 4 * sum(layer["parameters"] for layer in layers),
+        "layers": layers,
+        "plan": document["plan"],
+    }
+
+
+def _packed_weight(layer: QuantizedLayer) -> np.ndarray:
+    number_format = layer.weight_quantizer.number_format
+    codes = layer.weight_quantizer.codes(layer.output_major(layer.weight)).cpu().numpy()
+    return pack_codes(codes, number_format.bits, number_format.qmin)
+
+
+def _state(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict, modules that are registered under several names under their first one only."""
+    names = {name for name, _ in network.named_modules()}
+    return {key: value for key, value in network.state_dict().items() if key.rpartition(".")[0] in names}
+
+
+def _prepare(
+    network: nn.Module, plan: QuantPlan, folded: list[str], tensors: Mapping[str, Tensor], wrong: str
+) -> None:
+    """Give a float network the layers, and take the norms, that the packed one had."""
+    modules = dict(network.named_modules(remove_duplicate=False))
+    unknown = [name for name in [*plan, *folded] if name not in modules]
+    if unknown:
+        raise ValueError(f"{wrong}: it has no {', '.join(unknown[:5])}")
+    for name, layer in plan.layers.items():
+        try:
+            _quantize_as_packed(modules[name], layer, plan)
+        except ValueError as error:
+            raise ValueError(f"{wrong}: {name}: {error}") from None
+    for name in folded:
+        norm = modules[name]
+        if type(norm) not in PAIRED_NORMS and not isinstance(norm, nn.Identity):
+            raise ValueError(f"{wrong}: {name} is a {type(norm).__name__}, expected a batch norm")
+        take_norm_out(norm)
+    for name, module in modules.items():  # folding gave the layer a bias, whether or not it had one
+        bias = tensors.get(f"{name}.bias")
+        if bias is not None and isinstance(module, _WITH_BIAS) and module.bias is None:
+            module.bias = nn.Parameter(module.weight.new_zeros(bias.shape))
+
+
+def _quantize_as_packed(module: nn.Module, layer: LayerPlan, plan: QuantPlan) -> None:
+    if isinstance(module, QuantizedLayer):  # registered under two names
+        return
+    quantize_layer(
+        module,
+        layer.weight,
+        layer.input,
+        per_channel=plan.granularity == "channel",
+        power_of_two=plan.scale == "power-of-two",
+        learned=plan.learned,
+        rounds_bias=layer.bias == "accumulator",
+    )
+
+
+def _decoded(
+    tensors: Mapping[str, Tensor], document: Any, plan: QuantPlan, path: Path
+) -> dict[str, np.ndarray]:
+    """Weight key → integer codes in the weight's shape, as they are in the file: output channels first."""
+    return {
+        key: _codes(tensors[key], plan[key.removesuffix(".weight")].weight, shape, path, key).reshape(shape)
+        for key, shape in document["packed"].items()
+    }
+
+
+def _load(
+    network: nn.Module, tensors: Mapping[str, Tensor], codes: Mapping[str, np.ndarray], wrong: str
+) -> None:
+    expected = _state(network)
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(f"{wrong}: missing {missing[:5]}, unknown {unknown[:5]}")
+    for key, value in expected.items():
+        found = codes[key].shape if key in codes else tensors[key].shape
+        if tuple(found) != tuple(value.shape):
+            raise ValueError(f"{wrong}: '{key}' has the shape {tuple(found)}, expected {tuple(value.shape)}")
+    network.load_state_dict({key: value for key, value in tensors.items() if key not in codes}, strict=False)
+    for name, layer in quantized_layers(network).items():
+        if f"{name}.weight" in codes:
+            layer.set_codes(torch.from_numpy(codes[f"{name}.weight"]))
+
+
+def _codes(data: Tensor, number_format: QFormat, shape: list[int], path: Path, key: str) -> np.ndarray:
+    try:
+        codes = unpack_codes(data.numpy(), number_format.bits, number_format.qmin, prod(shape))
+    except ValueError as error:
+        raise ValueError(f"{path}: '{key}': {error}") from None
+    if codes.size and codes.max() > number_format.qmax:
+        raise ValueError(f"{path}: '{key}' has the code {codes.max()}, the highest of {number_format} is {number_format.qmax}")  # fmt: skip
+    return codes
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a packed file, its checksum compared.
+
+    Raises:
+        ValueError: if it is no packed checkpoint of ours, or damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file, expected a packed checkpoint (written by monai_unetq.pack)"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: truncated, corrupted, or no safetensors file ({error})") from None
+    if text is None:
+        raise ValueError(f"{path}: a safetensors file, but no packed checkpoint (no '{KEY}' in its metadata)")
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: corrupted: its header is not JSON ({error})") from None
+    found = document.get("version") if isinstance(document, dict) else None
+    if isinstance(found, int) and found > VERSION:
+        raise ValueError(f"{path}: packed format {found}, this program reads {VERSION}: update monai-unetq")
+    kinds = {"version": int, "network": str, "plan": dict, "packed": dict, "folded": list, "versions": dict, "checksum": str}  # fmt: skip
+    for key, kind in kinds.items():
+        if not isinstance(document, dict) or not isinstance(document.get(key), kind):
+            raise ValueError(f"{path}: corrupted: '{key}' is missing from its header or no {kind.__name__}")
+    if document["version"] != VERSION:
+        raise ValueError(f"{path}: corrupted: packed format {document['version']}, expected {VERSION}")
+    if _checksum({k: v for k, v in document.items() if k != "checksum"}, tensors) != document["checksum"]:
+        raise ValueError(f"{path}: corrupted: its checksum does not match its content")
+    missing = [key for key in document["packed"] if key not in tensors or tensors[key].dtype != torch.uint8]
+    if missing:
+        raise ValueError(f"{path}: corrupted: no packed tensor {missing[0]}")
+    return document, tensors
+
+
+def _checksum(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
+    for key in sorted(tensors):
+        tensor = tensors[key].contiguous()
+        digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"

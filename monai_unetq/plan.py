@@ -1,0 +1,270 @@
+"""``QuantPlan``: which layer gets which number formats; a small JSON document, validated on the way in.
+
+Imports no torch: ``runtime/`` and the command line read plans too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .formats import QFormat
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["LayerPlan", "QuantPlan"]
+
+VERSION = 1
+WHOLE = "input"
+"""Name of a layer's only input part; split convolutions name theirs ``skip``, ``up`` and so on."""
+
+BiasRounding = Literal["accumulator", "float"]
+
+LAYER_CLASSES = (
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "Linear",
+)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Formats of one layer.
+
+    Args:
+        weight: the weight's format.
+        inputs: format of each input part; one part named ``input`` for a layer that is not split.
+        bias: ``accumulator`` rounds the bias to the grid input step × weight step, ``float`` leaves it.
+    """
+
+    weight: QFormat
+    inputs: Mapping[str, QFormat]
+    bias: BiasRounding = "accumulator"
+
+    @property
+    def input(self) -> QFormat:
+        """The input format of a layer with one part.
+
+        Raises:
+            ValueError: if the layer has several parts.
+        """
+        if set(self.inputs) != {WHOLE}:
+            raise ValueError(f"the layer has the input parts {sorted(self.inputs)}, not one input")
+        return self.inputs[WHOLE]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether nothing of the layer is quantized."""
+        return self.weight.is_float and all(f.is_float for f in self.inputs.values())
+
+
+FLOAT_LAYER = LayerPlan(QFormat("float"), {WHOLE: QFormat("float")}, "float")
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Formats of a network's layers, by layer name, and how scales that are not static are found.
+
+    Args:
+        layers: layer name → formats. Layers that are not named stay float.
+        scale: ``power-of-two`` keeps ``intN`` a fixed-point format whose radix point is found by calibration or
+            training; ``free`` allows any scale.
+        granularity: ``channel`` gives weights of ``intN`` one scale for each output channel, ``tensor`` one.
+        learned: scales of ``intN`` formats are trained (LSQ), not only calibrated.
+    """
+
+    layers: Mapping[str, LayerPlan] = field(default_factory=dict)
+    scale: Literal["power-of-two", "free"] = "power-of-two"
+    granularity: Literal["channel", "tensor"] = "channel"
+    learned: bool = False
+
+    def __post_init__(self) -> None:
+        for key, value, accepted in (
+            ("scale", self.scale, ("power-of-two", "free")),
+            ("granularity", self.granularity, ("channel", "tensor")),
+            ("learned", self.learned, (False, True)),
+        ):
+            if value not in accepted or not isinstance(value, type(accepted[0])):  # 1 == True
+                raise ValueError(f"plan: '{key}' is {value!r}, expected one of {accepted}")
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        return self.layers.get(name, FLOAT_LAYER)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    @classmethod
+    def uniform(
+        cls,
+        network: nn.Module,
+        weights: str | QFormat,
+        activations: str | QFormat,
+        input: str | QFormat | None = None,
+        first: str | QFormat | None = None,
+        last: str | QFormat | None = None,
+        keep_float: tuple[str, ...] = (),
+        scale: Literal["power-of-two", "free"] = "power-of-two",
+        granularity: Literal["channel", "tensor"] = "channel",
+        learned: bool = False,
+    ) -> QuantPlan:
+        """The same formats for every convolution, transposed convolution and linear layer of a network.
+
+        Args:
+            network: float or quantized; first and last layer are taken in the order of registration.
+            weights: format of all weights, such as ``"Q0.4"``.
+            activations: format of all activations, such as ``"Q6.0"``; ``quantize`` makes it unsigned where the
+                tensor cannot be negative.
+            input: format of the first layer's input, the image; ``activations`` by default, which is rarely
+                what an image in [0, 1] needs: ``UQ0.8`` fits.
+            first: weight format of the first layer, ``"float"`` keeps all of it float.
+            last: weight format of the last layer, ``"float"`` keeps all of it float.
+            keep_float: names or shell patterns of layers that stay float.
+            scale: see the class.
+            granularity: see the class.
+            learned: see the class.
+
+        Raises:
+            ValueError: if the network has no such layer, a format is none, or a pattern matches no layer.
+        """
+        names = [n for n, m in network.named_modules() if _base_name(m) in LAYER_CLASSES]
+        if not names:
+            raise ValueError(
+                f"{type(network).__name__} has no layer of the classes {', '.join(LAYER_CLASSES)}"
+            )
+        for pattern in keep_float:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"keep_float: {pattern!r} matches none of the layers {', '.join(names)}")
+        weight, activation = QFormat(str(weights)), QFormat(str(activations))
+        weight_of, input_of = dict.fromkeys(names, weight), dict.fromkeys(names, activation)
+        if input is not None:
+            input_of[names[0]] = QFormat(str(input))
+        for name, override in ((names[0], first), (names[-1], last)):
+            if override is not None:
+                weight_of[name] = QFormat(str(override))
+                if weight_of[name].is_float:
+                    input_of[name] = weight_of[name]
+        layers = {
+            name: LayerPlan(weight_of[name], {WHOLE: input_of[name]})
+            for name in names
+            if not any(fnmatchcase(name, pattern) for pattern in keep_float)
+        }
+        layers = {name: layer for name, layer in layers.items() if not layer.is_float}
+        return cls(layers, scale=scale, granularity=granularity, learned=learned)
+
+    def with_layers(self, changes: Mapping[str, LayerPlan]) -> QuantPlan:
+        """The same plan with some layers' formats replaced or added."""
+        return replace(self, layers={**self.layers, **changes})
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as a JSON document."""
+        return {
+            "version": VERSION,
+            "scale": self.scale,
+            "granularity": self.granularity,
+            "learned": self.learned,
+            "layers": {
+                name: {
+                    "weight": str(layer.weight),
+                    "input": str(layer.inputs[WHOLE])
+                    if set(layer.inputs) == {WHOLE}
+                    else {part: str(f) for part, f in layer.inputs.items()},
+                    "bias": layer.bias,
+                }
+                for name, layer in self.layers.items()
+            },
+        }
+
+    @classmethod
+    def from_json(cls, document: Any, source: str = "plan") -> QuantPlan:
+        """The plan of a JSON document.
+
+        Args:
+            document: what ``to_json`` returns, or a file's parsed content.
+            source: what error messages call the document.
+
+        Raises:
+            ValueError: if a key is missing, unknown or of the wrong kind, or a format is none.
+        """
+        _check_keys(
+            document, source, required=("version", "layers"), optional=("scale", "granularity", "learned")
+        )
+        if document["version"] != VERSION or isinstance(document["version"], bool):
+            raise ValueError(f"{source}: 'version' is {document['version']!r}, this program reads {VERSION}")
+        if not isinstance(document["layers"], dict):
+            raise ValueError(
+                f"{source}: 'layers' is a {type(document['layers']).__name__}, expected an object"
+            )
+        layers = {}
+        for name, entry in document["layers"].items():
+            where = f"{source}: layer '{name}'"
+            _check_keys(entry, where, required=("weight", "input"), optional=("bias",))
+            inputs = entry["input"] if isinstance(entry["input"], dict) else {WHOLE: entry["input"]}
+            if not inputs:
+                raise ValueError(
+                    f"{where}: 'input' names no part, expected a format, or one for each input part"
+                )
+            bias = entry.get("bias", "accumulator")
+            if bias not in ("accumulator", "float"):
+                raise ValueError(f"{where}: 'bias' is {bias!r}, expected 'accumulator' or 'float'")
+            weight = _format(entry["weight"], f"{where}: 'weight'")
+            parts = {part: _format(f, f"{where}: 'input' ({part})") for part, f in inputs.items()}
+            layers[name] = LayerPlan(weight, parts, bias)
+        options = {key: document[key] for key in ("scale", "granularity", "learned") if key in document}
+        try:
+            return cls(layers, **options)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as a JSON file, atomically."""
+        path = Path(path)
+        scratch = path.with_name(path.name + ".part")
+        try:
+            scratch.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> QuantPlan:
+        """Read a plan file.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is no plan; the message names the file and the key.
+        """
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a JSON file: {error}") from None
+        return cls.from_json(document, str(path))
+
+
+def _base_name(module: nn.Module) -> str:
+    return type(module).__name__.replace("Quant", "", 1)
+
+
+def _format(spelling: Any, where: str) -> QFormat:
+    try:
+        return QFormat(spelling)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _check_keys(document: Any, source: str, required: tuple[str, ...], optional: tuple[str, ...]) -> None:
+    if not isinstance(document, dict):
+        raise ValueError(f"{source}: found a {type(document).__name__}, expected an object")
+    missing = [key for key in required if key not in document]
+    unknown = [key for key in document if key not in required + optional]
+    if missing or unknown:
+        found = f"missing {missing}" if missing else f"unknown {unknown}"
+        raise ValueError(f"{source}: {found}; expected the keys {', '.join(required + optional)}")

@@ -1,0 +1,126 @@
+"""How the scale of a tensor is found from its values: min-max, percentile or least squared error."""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..formats import QFormat
+
+__all__ = ["RangeMethod", "RangeObserver", "find_scale", "round_to_power_of_two"]
+
+RangeMethod = Literal["minmax", "percentile", "mse"]
+
+PERCENTILE = 99.9
+"""Share of the values, in percent, that ``percentile`` keeps inside the range."""
+
+_SHRINKS = torch.linspace(1.0, 0.02, 99)
+_SMALLEST = 2.0**-40
+
+
+def round_to_power_of_two(scale: Tensor) -> Tensor:
+    """The nearest power of two in the logarithm, exact."""
+    return torch.ldexp(torch.ones_like(scale), torch.log2(scale).round())
+
+
+def find_scale(rows: Tensor, number_format: QFormat, method: RangeMethod, power_of_two: bool) -> Tensor:
+    """Scales for the rows of a matrix, one a row.
+
+    Args:
+        rows: (channels, values), float32; every row gets its own scale.
+        number_format: an ``intN`` or ``uintN``.
+        method: ``"minmax"`` puts the largest magnitude on the last code, ``"percentile"`` the 99.9th
+            percentile, ``"mse"`` searches the range with the least squared error.
+        power_of_two: scales are powers of two. Min-max and percentile then round upward (no value is cut),
+            ``"mse"`` compares the powers themselves.
+
+    A row without a value to go by (all zero; all negative, for an unsigned format) gets the largest scale of
+    the others, or 1: training may fill it.
+
+    Returns:
+        (channels,), float32, positive.
+
+    Raises:
+        ValueError: for an unknown method, or a row that holds NaN or infinity.
+    """
+    if method not in get_args(RangeMethod):
+        raise ValueError(f"range method {method!r} is unknown, expected one of {get_args(RangeMethod)}")
+    if not torch.isfinite(rows).all():
+        raise ValueError("cannot find a scale: the tensor holds NaN or infinity")
+    rows = rows.detach().float()
+    qmin, qmax = number_format.qmin, number_format.qmax
+    # What the scale must be so that each value still fits: positive values on qmax, negative ones on qmin.
+    needed = torch.where(rows >= 0, rows / qmax, rows / min(qmin, -1)) if qmin else rows.clamp(min=0) / qmax
+    largest = needed.amax(dim=1)
+    if method == "percentile":
+        keep = min(needed.shape[1] - 1, int(needed.shape[1] * PERCENTILE / 100))
+        kept = needed.sort(dim=1).values[:, keep]
+        largest = torch.where(kept < _SMALLEST, largest, kept)  # nearly all zero: the others decide
+    top = largest.amax()
+    largest = torch.where(
+        largest < _SMALLEST, torch.where(top < _SMALLEST, torch.ones_like(top), top), largest
+    )
+    if method != "mse":
+        return torch.ldexp(torch.ones_like(largest), torch.log2(largest).ceil()) if power_of_two else largest
+    if power_of_two:
+        top = torch.log2(largest).ceil()
+        candidates = [torch.ldexp(torch.ones_like(largest), top - k) for k in range(8)]
+    else:
+        candidates = [largest * float(shrink) for shrink in _SHRINKS]
+    best, least = candidates[0], torch.full_like(largest, float("inf"))
+    for candidate in candidates:
+        column = candidate[:, None]
+        error = ((rows / column).round().clamp(qmin, qmax) * column - rows).square().mean(dim=1)
+        best, least = torch.where(error < least, candidate, best), torch.minimum(error, least)
+    return best
+
+
+class RangeObserver:
+    """Collects an activation's values over calibration batches, in bounded memory, deterministically.
+
+    Keeps every batch's extremes and an evenly spaced sample of it; beyond 2^20 values in all, every second
+    one is dropped, and later batches are sampled as much more thinly.
+    """
+
+    PER_BATCH = 1 << 15
+    IN_ALL = 1 << 20
+
+    def __init__(self) -> None:
+        self._samples: list[Tensor] = []
+        self._thinned = 1
+
+    def update(self, tensor: Tensor) -> None:
+        """Take note of one batch's tensor, of any shape."""
+        values = tensor.detach().reshape(-1).float()
+        if not values.numel():
+            return
+        stride = max(1, values.numel() // self.PER_BATCH) * self._thinned
+        # Coprime to every size, or the sample would come from a few columns of the image (one, of 512).
+        while stride > 1 and gcd(stride, values.numel()) > 1:
+            stride += 1
+        extremes = torch.stack([values.min(), values.max()])
+        self._samples.append(torch.cat([values[::stride], extremes]).cpu())
+        if sum(s.numel() for s in self._samples) > self.IN_ALL:
+            self._samples = [torch.cat([s[:-2:2], s[-2:]]) for s in self._samples]
+            self._thinned *= 2
+
+    def values(self) -> Tensor:
+        """The sample of the values seen, (n,), float32.
+
+        Raises:
+            ValueError: if no values were seen.
+        """
+        if not self._samples:
+            raise ValueError("no values seen: calibrate with at least one batch that reaches this layer")
+        return torch.cat(self._samples)
+
+    def scale(self, number_format: QFormat, method: RangeMethod, power_of_two: bool) -> Tensor:
+        """The 0-dim scale that the values seen call for; see ``find_scale``.
+
+        Raises:
+            ValueError: if no values were seen.
+        """
+        return find_scale(self.values()[None], number_format, method, power_of_two)[0]

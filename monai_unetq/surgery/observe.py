@@ -1,0 +1,272 @@
+"""``observe``: one forward pass, recorded operation by operation, and what it tells about the layers.
+
+Nothing is concluded from class names: which batch norm follows which convolution, and which tensors can be
+negative, is read off the operations that ran (design decision 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..layers import PAIRED_NORMS, QUANTIZED_LAYERS, PairedNorm, QuantizedLayer
+
+__all__ = ["LayerCall", "Operation", "Trace", "evaluating", "example_for", "observe"]
+
+LAYERS: tuple[type[nn.Module], ...] = (*QUANTIZED_LAYERS, QuantizedLayer)
+NORMS: tuple[type[nn.Module], ...] = (*PAIRED_NORMS, PairedNorm)
+
+# Operations whose result is never negative, whatever goes in.
+_NEVER_NEGATIVE = {
+    "relu",
+    "relu_",
+    "sigmoid",
+    "sigmoid_",
+    "abs",
+    "exp",
+    "softmax",
+    "_softmax",
+    "square",
+    "hardsigmoid",
+}
+# Operations whose result is never negative where no tensor that goes in is: they select, average, add or move.
+_KEEP_SIGN = {
+    "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d",
+    "avg_pool3d", "avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d",
+    "adaptive_max_pool3d", "adaptive_avg_pool1d", "cat", "stack", "add", "add_", "mul", "mul_", "mean", "sum", "amax",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d",
+    "upsample_trilinear3d", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
+    "replication_pad2d", "replication_pad3d", "view", "_unsafe_view", "reshape", "permute", "transpose", "t",
+    "slice", "select", "squeeze", "unsqueeze", "expand", "clone", "contiguous", "_to_copy", "detach", "alias",
+    "native_dropout", "dropout", "split", "split_with_sizes", "chunk", "pixel_shuffle", "flatten", "roll",
+    "constant_pad_nd",
+}  # fmt: skip
+_WITH_NUMBER = {"add", "add_", "mul", "mul_", "constant_pad_nd"}  # … and no number that they take is negative
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of the pass.
+
+    Attributes:
+        name: its aten name.
+        module: the innermost module it ran in.
+        inputs: numbers of the tensors that went in.
+        outputs: numbers of the tensors that came out.
+        constant: the number that an addition adds or a padding pads with; 0 for any other operation.
+    """
+
+    name: str
+    module: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    constant: float = 0.0
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a convolution, transposed convolution or linear layer.
+
+    Attributes:
+        layer: its name.
+        input: number of the tensor that went in.
+        output: number of the tensor that came out.
+        input_shape: shape of the input, batch first.
+        output_shape: shape of the output.
+        signed: whether the input could be negative when the layer ran (later it may be changed in place).
+        channels_second: whether the output has its channels in axis 1, where a batch norm takes them: not so
+            for a linear layer on sequences, nor without a batch axis.
+    """
+
+    layer: str
+    input: int
+    output: int
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    signed: bool
+    channels_second: bool
+
+
+@dataclass
+class Trace:
+    """The record of one forward pass; tensors are numbered in the order they appeared."""
+
+    operations: list[Operation] = field(default_factory=list)
+    calls: list[LayerCall] = field(default_factory=list)
+    norm_inputs: dict[str, list[int]] = field(default_factory=dict)
+    network_inputs: set[int] = field(default_factory=set)
+    network_outputs: set[int] = field(default_factory=set)
+    nonnegative: set[int] = field(default_factory=set)
+
+    def layers(self) -> list[str]:
+        """Names of the layers in the order they first ran."""
+        return list(dict.fromkeys(call.layer for call in self.calls))
+
+    def calls_of(self, layer: str) -> list[LayerCall]:
+        """All calls of one layer."""
+        return [call for call in self.calls if call.layer == layer]
+
+    def takes_negative(self, layer: str) -> bool:
+        """Whether the layer's input can be negative in any of its calls (after ReLU it cannot)."""
+        return any(call.signed for call in self.calls_of(layer))
+
+    def consumers(self, tensor: int) -> list[Operation]:
+        """The operations that read a tensor."""
+        return [op for op in self.operations if tensor in op.inputs]
+
+    def paired_norms(self) -> dict[str, str]:
+        """Layer → the batch norm that is its only consumer, for those that ran once each: what can be folded."""
+        pairs = {}
+        for norm, inputs in self.norm_inputs.items():
+            producers = [call for call in self.calls if inputs == [call.output]]
+            if len(producers) != 1 or not producers[0].channels_second:
+                continue
+            if len(self.calls_of(producers[0].layer)) != 1:
+                continue
+            output = producers[0].output
+            alone = (
+                all(op.module == norm for op in self.consumers(output)) and output not in self.network_outputs
+            )
+            if alone:
+                pairs[producers[0].layer] = norm
+        return pairs
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self.stack: list[str] = []
+        self._numbers: dict[int, int] = {}
+        self._alive: list[Tensor] = []  # so that no tensor's identity is used twice
+
+    def number(self, tensor: Tensor) -> int:
+        if id(tensor) not in self._numbers:
+            self._numbers[id(tensor)] = len(self._alive)
+            self._alive.append(tensor)
+        return self._numbers[id(tensor)]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [self.number(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        results = [self.number(t) for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if not results:
+            return out
+        name = func.overloadpacket.__name__
+        module = self.stack[-1] if self.stack else ""
+        numbers = [a for a in (*args[1:], *(kwargs or {}).values()) if isinstance(a, (int, float))]
+        constant = 0.0
+        if name == "constant_pad_nd" or (name in ("add", "add_") and len(tensors) == 1):
+            constant = float(numbers[0]) if numbers else 0.0
+        self.trace.operations.append(Operation(name, module, tuple(tensors), tuple(results), constant))
+        known = self.trace.nonnegative
+        clamps_above = name in ("clamp", "clamp_", "hardtanh", "hardtanh_", "clamp_min", "clamp_min_") and (
+            isinstance(low := (args[1] if len(args) > 1 else (kwargs or {}).get("min", -1)), (int, float))
+            and low >= 0
+        )
+        # Of an addition this counts what is added and what it is multiplied with (alpha).
+        numbers_fit = name not in _WITH_NUMBER or all(number >= 0 for number in numbers)
+        if (
+            name in _NEVER_NEGATIVE
+            or clamps_above
+            or (name in _KEEP_SIGN and numbers_fit and all(t in known for t in tensors))
+        ):
+            known.update(results)
+        elif changed := known.intersection(results):  # in place: what shares the memory is changed too
+            memory = {self._alive[t].untyped_storage().data_ptr() for t in changed}
+            known -= {t for t in known if self._alive[t].untyped_storage().data_ptr() in memory}
+        return out
+
+
+def observe(network: nn.Module, example: Tensor) -> Trace:
+    """Run the network once on an example, in evaluation mode and without gradients, and record what happens.
+
+    Args:
+        network: float or quantized; its mode is restored, its state is not touched.
+        example: (N, C, spatial…) or whatever its forward takes as one tensor, on the network's device.
+
+    Raises:
+        ValueError: if the network fails on the example; the message shows its shape and the cause.
+    """
+    recorder = _Recorder()
+    trace = recorder.trace
+    signs: list[bool] = []  # of the inputs of the layers being run
+    names = {module: name for name, module in network.named_modules()}
+    hooks = []
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        recorder.stack.append(names[module])
+        if isinstance(module, (*NORMS, *LAYERS)):
+            number = recorder.number(args[0] if args else kwargs["input"])
+            if isinstance(module, NORMS):
+                trace.norm_inputs.setdefault(names[module], []).append(number)
+            else:
+                signs.append(number not in trace.nonnegative)
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        name = recorder.stack.pop()
+        if isinstance(module, LAYERS):
+            tensor = args[0] if args else kwargs["input"]
+            numbers = recorder.number(tensor), recorder.number(out)
+            shapes = tuple(tensor.shape), tuple(out.shape)
+            channels_second = out.dim() == cast(Tensor, module.weight).dim()
+            trace.calls.append(LayerCall(name, *numbers, *shapes, signs.pop(), channels_second))
+
+    for module in names:
+        hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        hooks.append(module.register_forward_hook(leave, with_kwargs=True))
+    try:
+        with evaluating(network), torch.no_grad(), recorder:
+            trace.network_inputs.add(recorder.number(example))
+            out = network(example)
+            trace.network_outputs.update(
+                recorder.number(t) for t in tree_leaves(out) if isinstance(t, Tensor)
+            )
+    except Exception as error:
+        raise ValueError(
+            f"{type(network).__name__} failed on an example of shape {tuple(example.shape)}: {error}. "
+            "Give an example that it accepts: example=torch.zeros(1, channels, *patch_size)"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return trace
+
+
+def example_for(network: nn.Module) -> Tensor:
+    """A batch of one that most segmentation networks accept: zeros with the first convolution's channels.
+
+    Its size is 64 pixels in 2D, 32 voxels in 3D (divisible by 2^5).
+
+    Raises:
+        ValueError: if the network has no convolution; an example has to be given then.
+    """
+    for module in network.modules():
+        if isinstance(module, LAYERS) and not isinstance(module, nn.Linear):
+            weight = cast(Tensor, module.weight)
+            dimensions = weight.dim() - 2
+            shape = (1, cast(int, module.in_channels), *[64 if dimensions < 3 else 32] * dimensions)
+            return torch.zeros(shape, device=weight.device, dtype=weight.dtype)
+    raise ValueError(
+        f"{type(network).__name__} has no convolution to take an example's shape from: give example="
+    )
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module's own mode is restored after it."""
+    training = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode

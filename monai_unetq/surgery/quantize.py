@@ -1,0 +1,178 @@
+"""``quantize`` and ``dequantize``: put a plan's quantizers into a network in place, read them back, take them out."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import QFormat
+from ..layers import (
+    PAIRED_NORMS,
+    QUANTIZED_LAYERS,
+    PairedNorm,
+    QuantizedLayer,
+    dequantize_layer,
+    quantize_layer,
+)
+from ..plan import WHOLE, LayerPlan, QuantPlan
+from ..quantizers import Quantizer
+from .observe import NORMS, Trace, example_for, observe
+
+__all__ = ["dequantize", "pair_norms", "plan_of", "quantize", "quantized_layers"]
+
+logger = logging.getLogger(__name__)
+
+_FLOAT_NORMS: dict[type[PairedNorm], type[nn.Module]] = {
+    paired: plain for plain, paired in PAIRED_NORMS.items()
+}
+
+
+def quantize(network: nn.Module, plan: QuantPlan, example: Tensor | None = None) -> nn.Module:
+    """Put the plan's quantizers into the network, in place.
+
+    Layers keep their names and keys (a float checkpoint still loads). Signed activation formats become unsigned
+    where one observed forward pass shows that the tensor cannot be negative. A batch norm that is the only
+    consumer of a quantized layer is paired with it: its weight quantizer then sees the folded weight. Batch
+    norms that cannot be folded (conv → ReLU → BN) are left as they are and logged.
+
+    Weight scales are calibrated at once; activations of ``intN`` formats need ``calibrate``.
+
+    Args:
+        network: float; any ``nn.Module``.
+        plan: which layer gets which formats.
+        example: an input that the network accepts; found out from its first convolution by default.
+
+    Returns:
+        the network.
+
+    Raises:
+        ValueError: if the plan names a layer that is missing, of another class, quantized already, or did not
+            run on the example, or a weight or a batch norm's statistic holds NaN; nothing is changed then.
+    """
+    modules = dict(network.named_modules(remove_duplicate=False))
+    for name in plan:
+        if name not in modules:
+            raise ValueError(f"plan: layer '{name}' is not in {type(network).__name__}")
+        if isinstance(modules[name], QuantizedLayer):
+            raise ValueError(f"plan: layer '{name}' is quantized already; call dequantize first")
+        if type(modules[name]) not in QUANTIZED_LAYERS:
+            raise ValueError(
+                f"plan: layer '{name}' is a {type(modules[name]).__name__}, expected one of "
+                + ", ".join(cls.__name__ for cls in QUANTIZED_LAYERS)
+            )
+    trace = observe(network, example_for(network) if example is None else example)
+    ran = set(trace.layers())
+    inputs = {}
+    for name in plan:
+        same = {other for other, module in modules.items() if module is modules[name]} & ran
+        if not same:
+            raise ValueError(f"plan: layer '{name}' did not run on the example, so its input is unknown")
+        inputs[name] = _resolve(plan[name].input, trace, same.pop())
+        _check_values(name, modules[name])
+        for number_format in (plan[name].weight, inputs[name]):
+            Quantizer(number_format)  # an error for a format that has none yet
+    for layer_name, norm_name in trace.paired_norms().items():
+        if modules[layer_name] in [modules[name] for name in plan]:
+            _check_values(norm_name, modules[norm_name])
+    for name, layer in plan.layers.items():
+        if isinstance(modules[name], QuantizedLayer):  # registered under two names, planned under both
+            continue
+        quantize_layer(
+            modules[name],
+            layer.weight,
+            inputs[name],
+            per_channel=plan.granularity == "channel",
+            power_of_two=plan.scale == "power-of-two",
+            learned=plan.learned,
+            rounds_bias=layer.bias == "accumulator",
+        )
+    pair_norms(network, trace)
+    return network
+
+
+def _check_values(name: str, module: nn.Module) -> None:
+    for key, value in module.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"'{name}.{key}' holds NaN or infinity: the network is not fit to be quantized")
+
+
+def _resolve(number_format: QFormat, trace: Trace, layer: str) -> QFormat:
+    """Signed formats become unsigned where the input cannot be negative; what is written unsigned stays so."""
+    return number_format if trace.takes_negative(layer) else number_format.with_sign(False)
+
+
+def pair_norms(network: nn.Module, trace: Trace) -> dict[str, str]:
+    """Pair every quantized layer with the batch norm that is its only consumer; layer name → norm name."""
+    modules = dict(network.named_modules())
+    pairs = trace.paired_norms()
+    made = {}
+    for layer_name, norm_name in pairs.items():
+        layer, norm = modules[layer_name], modules[norm_name]
+        if not isinstance(layer, QuantizedLayer):
+            continue
+        if type(norm) not in PAIRED_NORMS or norm.running_var is None:
+            continue
+        if (
+            "weight" not in layer._parameters
+        ):  # weight_norm computes it anew in every forward: cannot be folded
+            continue
+        norm.__class__ = PAIRED_NORMS[type(norm)]
+        assert isinstance(norm, PairedNorm)
+        layer.pair_with(norm)
+        layer.weight_quantizer.calibrate(layer.folded_weight())
+        made[layer_name] = norm_name
+    for name, module in modules.items():
+        if isinstance(module, NORMS) and not isinstance(module, PairedNorm) and name not in pairs.values():
+            logger.info("batch norm '%s' stays float: no convolution has it as its only consumer", name)
+    return made
+
+
+def quantized_layers(network: nn.Module) -> dict[str, QuantizedLayer]:
+    """Name → layer for every quantized layer, each under its first name."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def dequantize(network: nn.Module) -> nn.Module:
+    """Take every quantizer out again, in place: the float network with the float weights it has now.
+
+    Returns:
+        the network.
+    """
+    for module in network.modules():
+        if isinstance(module, QuantizedLayer):
+            dequantize_layer(module)
+        elif isinstance(module, PairedNorm):
+            module.__dict__.pop("frozen", None)
+            module.__class__ = _FLOAT_NORMS[type(module)]  # type: ignore[assignment]
+    return network
+
+
+def plan_of(network: nn.Module) -> QuantPlan:
+    """The plan that a quantized network carries in its quantizers' state, with signs resolved.
+
+    Raises:
+        ValueError: if nothing in the network is quantized.
+    """
+    layers = quantized_layers(network)
+    if not layers:
+        raise ValueError(f"{type(network).__name__} is not quantized: call quantize(network, plan) first")
+    found = {
+        name: LayerPlan(
+            layer.weight_quantizer.number_format,
+            {WHOLE: layer.input_quantizer.number_format},
+            "accumulator" if layer.rounds_bias else "float",
+        )
+        for name, layer in layers.items()
+    }
+    quantizers = [q for layer in layers.values() for q in (layer.input_quantizer, layer.weight_quantizer)]
+    free = [q for q in quantizers if q.number_format.has_free_scale]
+    return QuantPlan(
+        found,
+        scale="power-of-two" if all(q.power_of_two for q in free) else "free",
+        granularity="channel"
+        if any(layer.weight_quantizer.channels for layer in layers.values())
+        else "tensor",
+        learned=any(q.learned for q in free),
+    )
