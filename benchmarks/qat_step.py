@@ -336,6 +336,47 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def markdown(document: dict[str, Any], source: str) -> str:
+    """The results as a page, made from the JSON document alone."""
+    conditions, versions = document["conditions"], document["versions"]
+    network = conditions["network"]
+    lines = [
+        "# Time of a QAT step over a float step",
+        "",
+        f"Made by `benchmarks/qat_step.py` with [{source}]({source}); do not edit by hand. "
+        "[benchmarks/README.md](../../benchmarks/README.md) says what each row is and how it is measured.",
+        "",
+        "```",
+        document["command"],
+        "```",
+        "",
+        f"MONAI BasicUNet, 2D, {network['width']} channels in its first level, {network['parameters']:,} parameters; "
+        f"batch of shape {conditions['input_shape']}; {conditions['threads']} threads ({conditions['cpu_capability']}); "
+        f"{conditions['rounds']} rounds. Median ratio to the float step of the same round, and its middle half. "
+        "Output error: root mean square against the float network before any training.",
+    ]
+    for norm, results in document["results"].items():
+        lines += [
+            "",
+            f"## {norm.capitalize()} norm",
+            "",
+            "| activations/weights | ms | ratio | middle half | output error |",
+        ]
+        lines.append("|---|---|---|---|---|")
+        for name, row in results.items():
+            if "skipped" in row:
+                lines.append(f"| {name} | – | {row['skipped']} | – | – |")
+                continue
+            ratio = row["ratio"]
+            error = f"{100 * row['check']['output_error']:.1f} %" if "check" in row else "–"
+            lines.append(
+                f"| {name} | {1000 * float(np.median(row['seconds'])):.0f} | {ratio['median']:.3f} | "
+                f"{ratio['low']:.3f}–{ratio['high']:.3f} | {error} |"
+            )
+    found = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
+    return "\n".join([*lines, "", f"Versions: {found}.", ""])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
     options = _parse(arguments)
@@ -382,11 +423,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("qat_step: interrupted; nothing written", file=sys.stderr)
         return 130
     if options.out is not None:
-        scratch = options.out.with_name(options.out.name + ".part")
-        scratch.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, options.out)
-        print(f"\nwritten: {options.out}")
+        page = options.out.with_suffix(".md")
+        _write(options.out, json.dumps(document, indent=1) + "\n")
+        _write(page, markdown(document, options.out.name))
+        print(f"\nwritten: {options.out}, {page}")
     return 0
+
+
+def _write(path: Path, text: str) -> None:
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
 
 
 def _version(package: str) -> str | None:
@@ -415,7 +462,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=_at_least(1), default=torch.get_num_threads(), metavar="N", help="threads (%(default)s)")  # fmt: skip
     parser.add_argument("--channels-last", action="store_true", help="memory format NHWC instead of NCHW")
     parser.add_argument(
-        "--out", type=_file, metavar="FILE.json", help="write versions, conditions and all times"
+        "--out",
+        type=_file,
+        metavar="FILE.json",
+        help="write versions, conditions and all times, and a page FILE.md",
     )
     return parser.parse_args(arguments)
 

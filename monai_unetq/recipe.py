@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -272,11 +272,9 @@ def demo(
     long = data is not None
     smallest = min(source.cases[0].image.shape[1:])
     patch = min(192 if long else 128, max(8, smallest // 8 * 8))
-    schedule = Schedule(steps or (1200 if long else 300), patch_size=patch, seed=seed)
-    qat = Schedule(
-        qat_steps or (600 if long else 200),
-        patch_size=patch,
-        seed=seed,
+    schedule = _schedule(steps or (1200 if long else 300), patch, seed)
+    qat = replace(
+        _schedule(qat_steps or (600 if long else 200), patch, seed),
         learning_rate=QAT_LEARNING_RATE,
         freeze_norms_at=QAT_FREEZE_NORMS_AT,
     )
@@ -326,6 +324,10 @@ def demo(
     shown = test[0]
     _report(out, results, shown, {"float": float_predictions[shown.name], name: predictions[shown.name]})
     return results
+
+
+def _schedule(steps: int, patch_size: int, seed: int) -> Schedule:
+    return Schedule(steps, patch_size=patch_size, seed=seed, epoch_steps=min(steps, 50))
 
 
 def versions() -> dict[str, str]:

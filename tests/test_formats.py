@@ -71,7 +71,7 @@ def test_integer_code_round_trip(spelling: str) -> None:
 @given(spellings())
 def test_limits_hang_together(spelling: str) -> None:
     f = QFormat(spelling)
-    assert 2 ** (f.bits - 1) < f.levels <= 2**f.bits or f.levels == 1
+    assert 2 ** (f.bits - 1) < f.levels <= 2**f.bits
     if f.is_float:
         return
     assert f.qmin <= 0 <= f.qmax

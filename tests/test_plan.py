@@ -332,7 +332,8 @@ def test_interrupted_save_keeps_the_older_file_and_leaves_nothing(
     QuantPlan.from_json(document()).save(path)
 
     def fails(self: Path, text: str, **options: Any) -> int:
-        self.open("w").write(text[: len(text) // 2])
+        with self.open("w", **options) as file:
+            file.write(text[: len(text) // 2])
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Path, "write_text", fails)

@@ -118,7 +118,11 @@ def unpack(path: str | Path, network: nn.Module) -> nn.Module:
     wrong = f"{path} holds a {packed_type.rpartition('.')[2]} that does not fit this {found_type.rpartition('.')[2]}"
     trial = copy.deepcopy(network)  # so that a file that does not fit leaves the network as it was
     _prepare(trial, plan, document["folded"], tensors, wrong)
-    _load(trial, tensors, _decoded(tensors, document, plan, path), wrong)
+    codes = {
+        key: _codes(tensors[key], plan[key.removesuffix(".weight")].weight, shape, path, key)
+        for key, shape in document["packed"].items()
+    }
+    _load(trial, tensors, codes, document["packed"], wrong)
     _prepare(network, plan, document["folded"], tensors, wrong)
     network.load_state_dict(trial.state_dict())
     return network.eval()
@@ -221,27 +225,21 @@ def _quantize_as_packed(module: nn.Module, layer: LayerPlan, plan: QuantPlan) ->
     )
 
 
-def _decoded(
-    tensors: Mapping[str, Tensor], document: Any, plan: QuantPlan, path: Path
-) -> dict[str, np.ndarray]:
-    """Weight key → integer codes in the weight's shape, as they are in the file: output channels first."""
-    return {
-        key: _codes(tensors[key], plan[key.removesuffix(".weight")].weight, shape, path, key).reshape(shape)
-        for key, shape in document["packed"].items()
-    }
-
-
 def _load(
-    network: nn.Module, tensors: Mapping[str, Tensor], codes: Mapping[str, np.ndarray], wrong: str
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    codes: Mapping[str, np.ndarray],
+    shapes: Mapping[str, list[int]],
+    wrong: str,
 ) -> None:
     expected = _state(network)
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         raise ValueError(f"{wrong}: missing {missing[:5]}, unknown {unknown[:5]}")
     for key, value in expected.items():
-        found = codes[key].shape if key in codes else tensors[key].shape
-        if tuple(found) != tuple(value.shape):
-            raise ValueError(f"{wrong}: '{key}' has the shape {tuple(found)}, expected {tuple(value.shape)}")
+        found = tuple(shapes[key] if key in codes else tensors[key].shape)
+        if found != tuple(value.shape):
+            raise ValueError(f"{wrong}: '{key}' has the shape {found}, expected {tuple(value.shape)}")
     network.load_state_dict({key: value for key, value in tensors.items() if key not in codes}, strict=False)
     for name, layer in quantized_layers(network).items():
         if f"{name}.weight" in codes:

@@ -20,6 +20,8 @@ __all__ = ["QUANTIZED_LAYERS", "QuantizedLayer", "dequantize_layer", "quantize_l
 _EXACT_BITS = {torch.bfloat16: 8, torch.float16: 11}
 """Widest code that a half-precision type holds exactly."""
 
+_LEAST_GAIN = 2.0**-100
+
 if TYPE_CHECKING:
     # What the subclasses have in common, for the type checker: a weight, a bias, groups, a forward.
     class _Layer(nn.Conv2d):
@@ -53,7 +55,8 @@ class QuantizedLayer(_Layer):
     def forward(self, input: Tensor) -> Tensor:
         """The float layer's forward with rounded input, weight and bias; same shapes.
 
-        Under autocast, formats wider than the half-precision type holds run in float32.
+        Under autocast, formats wider than the half-precision type holds, and scales that are no powers of two,
+        run in float32.
         """
         return self._run_rounded(input)
 
@@ -77,13 +80,21 @@ class QuantizedLayer(_Layer):
         norm = self.paired_norm
         if norm is None:
             weight = self.weight_quantizer(self.output_major(self.weight))
-            return self._from_output_major(weight), self._round_bias(self.bias)
+            return self._from_output_major(weight), self._round_bias(self.bias, self.weight_quantizer.scale)
         before, after = self.norm_factors(norm)
         rounded = self.weight_quantizer(_scale_rows(self.output_major(self.weight), before))
         if norm.training:
             return self._from_output_major(_scale_rows(rounded, 1 / before)), self.bias
-        weight = self._from_output_major(rounded if after is None else _scale_rows(rounded, after))
-        return weight, self._round_bias(norm.shift(norm.gain(), self.bias), after)
+        weight, step = rounded, self.weight_quantizer.scale
+        if after is not None:
+            # The gradient is that of rounded · after; the value is code × folded scale, as it will be after fold.
+            step = torch.exp2(self.folded_log2_scale(after))
+            weight = _scale_rows(rounded, after)
+            folded = _scale_rows(
+                (rounded.detach() / _column(self.weight_quantizer.scale, rounded)).round(), step
+            )
+            weight = weight + (folded - weight).detach()
+        return self._from_output_major(weight), self._round_bias(norm.shift(norm.gain(), self.bias), step)
 
     def norm_factors(self, norm: PairedNorm) -> tuple[Tensor, Tensor | None]:
         """What the weight is multiplied with before and after rounding so that both make the gain, (C,) each.
@@ -106,27 +117,34 @@ class QuantizedLayer(_Layer):
 
     @torch.no_grad()
     def set_codes(self, codes: Tensor) -> None:
-        """Set the weight to code × scale.
+        """Set the weight to code × scale, or to what rounds to it (the literal formula sends its top value to 0).
 
         Args:
             codes: integers, one for each weight, output channels first.
         """
         shaped = codes.to(self.weight.device).float().reshape(self.output_major(self.weight).shape)
         scale = self.weight_quantizer.scale
-        weight = _scale_rows(shaped, scale) if self.weight_quantizer.channels else shaped * scale
+        weight = _scale_rows(shaped, scale)
+        literal = self.weight_quantizer.number_format
+        if literal.kind == "literal" and literal.fraction_bits:
+            limit = 2.0**literal.integer_bits - 2.0 ** -(
+                literal.fraction_bits + 2
+            )  # a quarter step below the top
+            weight = weight.clamp(-limit, limit)
         self.weight.copy_(self._from_output_major(weight))
 
-    def accumulator_step(self, after: Tensor | None = None) -> Tensor | None:
-        """Step of the accumulator's grid, input step × weight step, () or (C,); None where one is float."""
-        if self.input_quantizer.number_format.is_float or self.weight_quantizer.number_format.is_float:
-            return None
-        step = (self.input_quantizer.scale * self.weight_quantizer.scale).detach()
-        return step if after is None else step * after.detach()
+    def folded_log2_scale(self, after: Tensor) -> Tensor:
+        """log2(scale × after), (C,), what the weight quantizer's state holds after folding."""
+        return torch.log2(self.weight_quantizer.scale.detach() * after.detach().clamp(min=_LEAST_GAIN))
 
-    def _round_bias(self, bias: Tensor | None, after: Tensor | None = None) -> Tensor | None:
-        step = self.accumulator_step(after) if self.rounds_bias and bias is not None else None
-        if bias is None or step is None or self.input_quantizer.observer is not None:
+    def _round_bias(self, bias: Tensor | None, weight_step: Tensor) -> Tensor | None:
+        """The bias on the accumulator's grid, input step × weight step; as it is where one of both is float."""
+        formats = self.input_quantizer.number_format, self.weight_quantizer.number_format
+        if bias is None or not self.rounds_bias or any(f.is_float for f in formats):
             return bias
+        if self.input_quantizer.observer is not None:
+            return bias
+        step = (self.input_quantizer.scale * weight_step).detach()
         codes = (bias.detach() / step.clamp(min=1e-30)).round()
         # Beyond 2^24 codes the grid is finer than float32, so the bias stands on it already. A weight that is
         # almost nothing beside its bias gets there; saturating at 32 bits would lose the bias.
@@ -134,8 +152,11 @@ class QuantizedLayer(_Layer):
         return bias + (rounded - bias.detach())
 
     def _widest(self) -> int:
-        formats = (self.input_quantizer.number_format, self.weight_quantizer.number_format)
-        return max((f.bits for f in formats if not f.is_float), default=0)
+        """Significant bits that the rounded values need; all of float32's where a scale is no power of two."""
+        quantizers = [
+            q for q in (self.input_quantizer, self.weight_quantizer) if not q.number_format.is_float
+        ]
+        return max((q.number_format.bits if q.power_of_two else 24 for q in quantizers), default=0)
 
     def output_major(self, weight: Tensor) -> Tensor:
         """The weight as (output channels, inputs of the group, …)."""
@@ -277,6 +298,10 @@ def dequantize_layer(layer: QuantizedLayer) -> nn.Module:
     return layer
 
 
+def _column(scale: Tensor, weight: Tensor) -> Tensor:
+    return scale if scale.dim() == 0 else scale.view(-1, *[1] * (weight.dim() - 1))
+
+
 def _scale_rows(weight: Tensor, factor: Tensor) -> Tensor:
-    """weight[c, …] · factor[c]"""
-    return weight * factor.view(-1, *[1] * (weight.dim() - 1))
+    """weight[c, …] · factor[c], or · factor where it is 0-dim"""
+    return weight * _column(factor, weight)

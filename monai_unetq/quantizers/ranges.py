@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import gcd
 from typing import Literal, get_args
 
 import torch
@@ -52,8 +51,10 @@ def find_scale(rows: Tensor, number_format: QFormat, method: RangeMethod, power_
         raise ValueError("cannot find a scale: the tensor holds NaN or infinity")
     rows = rows.detach().float()
     qmin, qmax = number_format.qmin, number_format.qmax
+    if not qmin:
+        rows = rows.clamp(min=0)  # negative values become 0 at any scale
     # What the scale must be so that each value still fits: positive values on qmax, negative ones on qmin.
-    needed = torch.where(rows >= 0, rows / qmax, rows / min(qmin, -1)) if qmin else rows.clamp(min=0) / qmax
+    needed = torch.where(rows >= 0, rows / qmax, rows / min(qmin, -1))
     largest = needed.amax(dim=1)
     if method == "percentile":
         keep = min(needed.shape[1] - 1, int(needed.shape[1] * PERCENTILE / 100))
@@ -81,8 +82,9 @@ def find_scale(rows: Tensor, number_format: QFormat, method: RangeMethod, power_
 class RangeObserver:
     """Collects an activation's values over calibration batches, in bounded memory, deterministically.
 
-    Keeps every batch's extremes and an evenly spaced sample of it; beyond 2^20 values in all, every second
-    one is dropped, and later batches are sampled as much more thinly.
+    Keeps every batch's extremes and a sample of it, drawn from a fixed seed (values at a fixed distance could
+    all come from one column of the image). Beyond 2^20 values in all, every second one is dropped, and later
+    batches are sampled as much more thinly.
     """
 
     PER_BATCH = 1 << 15
@@ -97,12 +99,12 @@ class RangeObserver:
         values = tensor.detach().reshape(-1).float()
         if not values.numel():
             return
-        stride = max(1, values.numel() // self.PER_BATCH) * self._thinned
-        # Coprime to every size, or the sample would come from a few columns of the image (one, of 512).
-        while stride > 1 and gcd(stride, values.numel()) > 1:
-            stride += 1
         extremes = torch.stack([values.min(), values.max()])
-        self._samples.append(torch.cat([values[::stride], extremes]).cpu())
+        count = max(1, self.PER_BATCH // self._thinned)
+        if values.numel() > count:
+            generator = torch.Generator().manual_seed(len(self._samples))
+            values = values[torch.randint(values.numel(), (count,), generator=generator).to(values.device)]
+        self._samples.append(torch.cat([values, extremes]).cpu())
         if sum(s.numel() for s in self._samples) > self.IN_ALL:
             self._samples = [torch.cat([s[:-2:2], s[-2:]]) for s in self._samples]
             self._thinned *= 2

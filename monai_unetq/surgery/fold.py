@@ -74,13 +74,17 @@ def fold_pairs(network: nn.Module) -> nn.Module:
 
 
 def _fold_pair(layer: QuantizedLayer, norm: PairedNorm) -> None:
+    quantizer = layer.weight_quantizer
     weight, _ = layer.effective_parameters()
+    codes = None if quantizer.number_format.is_float else quantizer.codes(layer.folded_weight())
     bias = norm.shift(norm.gain(), layer.bias)
     _, after = layer.norm_factors(norm)
     if after is not None:
-        layer.weight_quantizer.set_scale(layer.weight_quantizer.scale * after.clamp(min=2.0**-100))
+        quantizer.log2_scale.copy_(layer.folded_log2_scale(after))
     layer.pair_with(None)
     _set_parameters(layer, weight, bias)
+    if codes is not None:
+        layer.set_codes(codes)
     take_norm_out(norm)
 
 

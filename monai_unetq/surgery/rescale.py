@@ -1,8 +1,9 @@
-"""``rescale``: move factors of two between paired batch norms so that static formats fit the network.
+"""``rescale``: move factors of two between layers so that static formats fit the network.
 
 A static format such as Q6.0 leaves no scale to calibrate. But a network with ReLU is the same function when a
-batch norm's γ and β are multiplied by g > 0 and the layers that read its result take the factor out again: a
-paired one through its batch norm's statistics, another one through its weight. (Cross-layer equalization,
+layer's result is multiplied by g > 0 (a paired batch norm's γ and β, or the weight and bias of a layer without
+one) and the layers that read it take the factor out again: a paired one through its batch norm's statistics,
+another one through its weight. (Cross-layer equalization,
 Nagel et al., ICCV 2019, section 4.1, moves the same factors for another purpose; with batch norm they need not
 cancel in the weights.) The gains are powers of two, chosen so that the share of the signal's power that rounding
 leaves, multiplied over all weights and inputs on its way, is largest.
@@ -52,19 +53,19 @@ class _Groups:
 def rescale(
     network: nn.Module, trace: Trace, inputs: Mapping[str, Tensor], method: RangeMethod = "mse"
 ) -> dict[str, int]:
-    """Rescale paired batch norms by powers of two, in place, for the formats that the network has.
+    """Rescale quantized layers by powers of two, in place, for the formats that the network has.
 
     In float arithmetic the network computes the same function before and after; its rounding error shrinks.
 
     Args:
         network: quantized, with ReLU (or another homogeneous activation) between the layers. Where other
-            operations follow a batch norm, its gain stays 1.
+            operations follow a layer, its gain stays 1.
         trace: one observed pass of the network as it is now.
         inputs: layer name → sample of the values that reach it, any shape.
         method: how calibrated weight scales are found again; see ``calibrate``.
 
     Returns:
-        layer name → exponent of its batch norm's gain, for the layers whose gain is not 1.
+        layer name → exponent of its result's gain, for the layers whose gain is not 1.
     """
     layers = quantized_layers(network)
     groups = _group(trace, layers)
@@ -106,7 +107,9 @@ def _apply(layer: QuantizedLayer, source: float, own: float) -> None:
     if quantizer.number_format.has_free_scale:
         quantizer.set_scale(quantizer.scale * source)
     if norm is None:
-        layer.weight.div_(source)
+        layer.weight.mul_(own / source)
+        if layer.bias is not None:
+            layer.bias.mul_(own)
         return
     assert norm.running_mean is not None and norm.running_var is not None
     if layer.bias is not None:
@@ -165,7 +168,7 @@ def _group(trace: Trace, layers: Mapping[str, QuantizedLayer]) -> _Groups:
             parent[other] = root
         return root
 
-    gained = {n for n, layer in layers.items() if layer.paired_norm is not None and layer.paired_norm.affine}
+    gained = {n for n, layer in layers.items() if layer.paired_norm is None or layer.paired_norm.affine}
     produced = {call.output: call.layer for call in trace.calls}
     read = {call.input for call in trace.calls}
     source: dict[int, str] = {}

@@ -1,0 +1,238 @@
+"""Calibration and batch norm statistics: what batches may be, what is refused, and what comes out."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from torch import Tensor, nn
+
+from monai_unetq.networks import FixedPointUNet
+from monai_unetq.plan import QuantPlan
+from monai_unetq.surgery import dequantize, quantize
+from monai_unetq.surgery.quantize import quantized_layers
+from monai_unetq.training import calibrate, reestimate_norms
+from monai_unetq.training.calibration import image_of
+
+IMAGES = nn.functional.avg_pool2d(
+    torch.rand(6, 1, 20, 20, generator=torch.Generator().manual_seed(0)), 5, 1
+).unflatten(0, (3, 2))
+IMAGES = (IMAGES - IMAGES.min()) / (IMAGES.max() - IMAGES.min())  # three batches, smooth, in [0, 1]
+
+
+@cache
+def _trained() -> nn.Module:
+    torch.manual_seed(0)
+    network = FixedPointUNet(1, 1, width=4)
+    image = IMAGES.flatten(0, 1)
+    optimizer, label = torch.optim.Adam(network.parameters(), 1e-2), (image.mean() < image).float()
+    for _ in range(60):
+        loss = nn.functional.binary_cross_entropy_with_logits(network(image), label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return network.eval()
+
+
+def unet() -> nn.Module:
+    """A small network that has learned to threshold the image."""
+    return copy.deepcopy(_trained())
+
+
+def quantized(**formats: Any) -> nn.Module:
+    network = unet()
+    return quantize(network, QuantPlan.uniform(network, **formats))
+
+
+@torch.no_grad()
+def run(network: nn.Module) -> Tensor:
+    out: Tensor = network(IMAGES[0])
+    return out
+
+
+def state(network: nn.Module) -> dict[str, Tensor]:
+    return copy.deepcopy(network.state_dict())
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(
+    ("formats", "factor"),
+    [
+        ({"weights": "Q0.4", "activations": "Q6.0", "input": "UQ0.8", "first": "int8", "last": "int8"}, 0.5),
+        ({"weights": "int4", "activations": "int6"}, 0.5),
+        ({"weights": "int8", "activations": "int8", "scale": "free"}, 0.01),
+        ({"weights": "int8", "activations": "int8", "granularity": "tensor", "learned": True}, 0.1),
+        ({"weights": "Q0.4", "activations": "int8", "first": "int8", "last": "int8"}, 0.5),
+    ],
+)
+def test_the_float_function_stays_and_the_error_shrinks(formats: dict[str, Any], factor: float) -> None:
+    expected = run(unet())
+    network = quantized(**formats)
+    before = (run(network) - expected).square().mean()
+    assert calibrate(network, IMAGES) is network
+    after = (run(network) - expected).square().mean()
+    assert after < factor * before
+    restored = run(dequantize(copy.deepcopy(network)))
+    assert (restored - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_more_bits_are_nearer() -> None:
+    expected = run(unet())
+    errors = []
+    for bits in (4, 6, 8):
+        network = calibrate(quantized(weights=f"int{bits}", activations=f"int{bits}"), IMAGES)
+        errors.append(float((run(network) - expected).square().mean()))
+    assert errors[0] > 4 * errors[1] > 16 * errors[2] > 0
+
+
+def test_minmax_covers_what_was_seen() -> None:
+    network = quantized(weights="int8", activations="int8", scale="free")
+    calibrate(network, IMAGES, method="minmax")
+    first = quantized_layers(network)["encoder.0.conv1"]
+    largest = float(IMAGES.max())  # the image is seen signed: its largest value stands on code 127
+    assert float(first.input_quantizer.scale) * 127 == pytest.approx(largest, rel=1e-5)
+    weight = first.folded_weight().flatten(1)
+    needed = torch.where(weight >= 0, weight / 127, weight / -128).amax(dim=1)
+    torch.testing.assert_close(first.weight_quantizer.scale, needed.detach(), rtol=1e-5, atol=0)
+
+
+def test_the_method_holds_for_weights_beside_static_activations() -> None:
+    """Static activations rescale the network, after which weight scales are found again: by the same method."""
+    network = calibrate(
+        quantized(weights="int4", activations="Q6.0", input="UQ0.8", scale="free"), IMAGES, "minmax"
+    )
+    for layer in quantized_layers(network).values():
+        weight = layer.folded_weight().flatten(1)
+        needed = torch.where(weight >= 0, weight / 7, weight / -8).amax(dim=1)
+        torch.testing.assert_close(layer.weight_quantizer.scale, needed.detach(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda image: image,
+        lambda image: (image, torch.zeros(1)),
+        lambda image: [image],
+        lambda image: {"image": image, "label": None},
+        lambda image: MetaTensor(image),
+        lambda image: {"image": MetaTensor(image)},
+    ],
+)
+def test_kinds_of_batches(wrap: Any) -> None:
+    formats = {"weights": "int4", "activations": "int6"}
+    expected = calibrate(quantized(**formats), IMAGES)
+    found = calibrate(quantized(**formats), (wrap(image) for image in IMAGES))
+    assert same(state(found), state(expected))
+    assert type(image_of(wrap(IMAGES[0]))) is Tensor
+
+
+@pytest.mark.parametrize(
+    "batch", [{"label": torch.zeros(1)}, [], "image.png", None, [{"image": torch.zeros(1)}]]
+)
+def test_other_batches_are_refused(batch: Any) -> None:
+    with pytest.raises(
+        ValueError, match="a batch is a tensor, a sequence .* or a dictionary with 'image'; found"
+    ):
+        image_of(batch)
+
+
+FORMATS = [
+    {"weights": "Q0.4", "activations": "Q6.0", "input": "UQ0.8"},
+    {"weights": "int4", "activations": "int6"},
+]
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_data_is_refused_and_nothing_changes(formats: dict[str, Any], bad: float) -> None:
+    network = quantized(**formats)
+    before = state(network)
+    images = IMAGES.clone()
+    images[1, 0, 0, 3, 3] = bad
+    with pytest.raises(ValueError, match="batch 1 holds NaN or infinity"):
+        calibrate(network, images)
+    assert same(state(network), before)
+    assert all(layer.input_quantizer.observer is None for layer in quantized_layers(network).values())
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+def test_other_bad_input_is_refused_and_nothing_changes(formats: dict[str, Any]) -> None:
+    network = quantized(**formats)
+    before = state(network)
+    with pytest.raises(ValueError, match="no batch was given"):
+        calibrate(network, [])
+    with pytest.raises(ValueError, match="method 'best' is unknown"):
+        calibrate(network, IMAGES, method="best")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not divisible"):
+        calibrate(network, [IMAGES[0], torch.zeros(1, 1, 9, 9)])
+    assert same(state(network), before)
+    assert all(layer.input_quantizer.observer is None for layer in quantized_layers(network).values())
+    with pytest.raises(ValueError, match="FixedPointUNet is not quantized: call quantize"):
+        calibrate(unet(), IMAGES)
+
+
+def test_calibration_keeps_every_modules_mode() -> None:
+    network = quantized(weights="int4", activations="int6").train()
+    network.get_submodule("encoder").eval()
+    modes = {name: module.training for name, module in network.named_modules()}
+    statistics = network.get_buffer("decoder.0.norm1.running_mean").clone()
+    calibrate(network, IMAGES)
+    assert {name: module.training for name, module in network.named_modules()} == modes
+    assert torch.equal(network.get_buffer("decoder.0.norm1.running_mean"), statistics)
+
+
+def test_calibration_is_deterministic() -> None:
+    a, b = (calibrate(quantized(weights="int4", activations="int6"), IMAGES) for _ in range(2))
+    assert same(state(a), state(b))
+
+
+def test_reestimated_statistics_are_the_plain_average() -> None:
+    network = unet().train()
+    network.get_submodule("last").eval()
+    modes = {name: module.training for name, module in network.named_modules()}
+    norms = {n: m for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    momenta = {name: norm.momentum for name, norm in norms.items()}
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in norms}
+    for name, norm in norms.items():
+        norm.register_forward_pre_hook(
+            lambda _, args, name=name: seen[name].append(
+                (args[0].mean(dim=(0, 2, 3)), args[0].var(dim=(0, 2, 3), unbiased=True))
+            )
+        )
+    weights = {name: p.detach().clone() for name, p in network.named_parameters()}
+    assert reestimate_norms(network, IMAGES) is network
+    for name, norm in norms.items():
+        assert len(seen[name]) == 3
+        means, variances = (torch.stack(list(values)).mean(dim=0) for values in zip(*seen[name], strict=True))
+        torch.testing.assert_close(norm.running_mean, means, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(norm.running_var, variances, rtol=1e-4, atol=1e-6)
+    assert {name: module.training for name, module in network.named_modules()} == modes
+    assert {name: norm.momentum for name, norm in norms.items()} == momenta
+    assert all(torch.equal(p, weights[name]) for name, p in network.named_parameters())
+
+
+def test_reestimating_a_quantized_network_fits_it_to_its_own_rounding() -> None:
+    network = calibrate(quantized(weights="int2", activations="int4"), IMAGES)
+    expected = run(unet())
+    before = (run(network) - expected).square().mean()
+    reestimate_norms(network, IMAGES.flatten(0, 1).unsqueeze(0))
+    assert (run(network) - expected).square().mean() < before
+
+
+def test_reestimating_fails_cleanly() -> None:
+    network = unet()
+    before = state(network)
+    with pytest.raises(ValueError, match="no batch was given"):
+        reestimate_norms(network, [])
+    assert same(state(network), before)
+    with pytest.raises(ValueError, match="not divisible"):
+        reestimate_norms(network, [torch.zeros(1, 1, 9, 9)])
+    assert not any(module.training for module in network.modules())
+    assert {m.momentum for m in network.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
