@@ -52,10 +52,14 @@ def pack(network: nn.Module, path: str | Path) -> Path:
         the path.
 
     Raises:
-        ValueError: if the network is not quantized, or a weight holds NaN.
+        ValueError: if the network is not quantized, or its state holds NaN or infinity.
+        OSError: if the file cannot be written; what was there before is kept.
     """
     path = Path(path)
     plan = plan_of(network)
+    for key, value in network.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"'{key}' holds NaN or infinity: the network is not fit to be packed")
     paired = any(isinstance(module, PairedNorm) for module in network.modules())
     baked = fold_pairs(copy.deepcopy(network).cpu()) if paired else network
     layers = quantized_layers(baked)
@@ -64,8 +68,6 @@ def pack(network: nn.Module, path: str | Path) -> Path:
     packed: dict[str, list[int]] = {}
     for key, value in state.items():
         layer = layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
-        if not torch.isfinite(value).all():
-            raise ValueError(f"'{key}' holds NaN or infinity: the network is not fit to be packed")
         if layer is None or layer.weight_quantizer.number_format.is_float:
             tensors[key] = value.contiguous().clone()
         else:

@@ -76,7 +76,8 @@ def fold_pairs(network: nn.Module) -> nn.Module:
 def _fold_pair(layer: QuantizedLayer, norm: PairedNorm) -> None:
     quantizer = layer.weight_quantizer
     weight, _ = layer.effective_parameters()
-    codes = None if quantizer.number_format.is_float else quantizer.codes(layer.folded_weight())
+    # The printed formula does not round its own top value to itself.
+    codes = quantizer.codes(layer.folded_weight()) if quantizer.number_format.kind == "literal" else None
     bias = norm.shift(norm.gain(), layer.bias)
     _, after = layer.norm_factors(norm)
     if after is not None:

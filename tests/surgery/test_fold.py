@@ -180,7 +180,7 @@ def test_the_literal_mode_survives_folding() -> None:
     """The printed formula sends 0.98 to 1.0 but 1.0 to 0: a folded weight must not be rounded to something else."""
     network = nn.Sequential(nn.Conv2d(1, 4, 1, bias=False), nn.BatchNorm2d(4)).eval()
     with torch.no_grad():
-        network[0].weight.copy_(torch.tensor([0.98, -0.98, 0.3, 1.3]).view(4, 1, 1, 1))  # type: ignore[operator, union-attr]
+        network[0].weight.copy_(torch.tensor([0.98, -0.98, 0.3, 1.3]).view(4, 1, 1, 1))  # type: ignore[operator]
     example = torch.ones(1, 1, 2, 2)
     quantize(network, QuantPlan.uniform(network, "Q0.4:literal", "UQ1.0"), example)
     before, codes_before = run(network, example), codes(network)["0"]
@@ -270,7 +270,7 @@ def test_what_cannot_be_folded_is_left_as_it_is(build: Callable[[], nn.Module]) 
     torch.manual_seed(0)
     network = build().eval()
     with torch.no_grad():
-        network[1].weight.mul_(3.0)  # type: ignore[index, operator, union-attr]
+        network[1].weight.mul_(3.0)  # type: ignore[index]
     example = image(2)
     before = run(network, example)
     assert torch.equal(run(fold(network, example), example), before)

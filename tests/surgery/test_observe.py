@@ -280,5 +280,5 @@ def test_an_example_is_found_from_the_first_convolution() -> None:
         """A subclass whose name says nothing about its dimensions."""
 
     assert example_for(Conv2dSame(3, 1, 1)).shape == (1, 3, 64, 64)
-    with pytest.raises(ValueError, match="Linear has no convolution.*example="):
+    with pytest.raises(ValueError, match=r"Linear has no convolution.*example="):
         example_for(nn.Linear(3, 3))

@@ -161,6 +161,14 @@ def test_errors_leave_the_network_unchanged(layers: dict[str, LayerPlan], messag
     assert_unchanged(network, before)
 
 
+def test_a_format_without_quantizer_in_the_last_layer_leaves_the_first_unchanged() -> None:
+    network = unet()
+    before = snapshot(network)
+    with pytest.raises(ValueError, match=r"'ternary'.*no quantizer yet"):
+        quantize(network, QuantPlan.uniform(network, "Q0.4", "Q6.0", last="ternary"))
+    assert_unchanged(network, before)
+
+
 @pytest.mark.parametrize("key", ["decoder.1.conv2.weight", "decoder.1.norm2.running_var"])
 @pytest.mark.parametrize("weights", ["Q0.4", "int4"])
 def test_nan_in_the_network_is_refused(key: str, weights: str) -> None:
@@ -177,7 +185,7 @@ def test_quantizing_twice_is_refused() -> None:
     plan = QuantPlan.uniform(network, "Q0.4", "Q6.0")
     quantize(network, plan)
     before = snapshot(network)
-    with pytest.raises(ValueError, match="'encoder.0.conv1' is quantized already; call dequantize"):
+    with pytest.raises(ValueError, match=r"'encoder\.0\.conv1' is quantized already; call dequantize"):
         quantize(network, plan)
     assert_unchanged(network, before)
 
@@ -273,8 +281,10 @@ def test_a_module_registered_under_two_names(name: str) -> None:
     block = network[0]
     assert isinstance(block, ConvNormAct)
     assert block.conv is block.all_modules[0]
-    assert isinstance(block.conv, QuantizedLayer)
-    assert block.conv.paired_norm is block.norm  # type: ignore[unreachable]
+    layer = quantized_layers(network)["0.conv"]
+    objects: tuple[object, ...] = (layer, layer.paired_norm)
+    assert objects[0] is block.conv
+    assert objects[1] is block.norm
     assert not torch.equal(run(network), before)
     assert keys <= set(network.state_dict())
     assert set(plan_of(network)) == {"0.conv", "1"}
@@ -366,7 +376,7 @@ def test_compiled_gives_the_eager_output() -> None:
 def test_biases_are_rounded_where_the_plan_says_so(bias: Any) -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 1, 1))
     with torch.no_grad():
-        network[0].bias.copy_(torch.tensor([0.3, 0.7]))  # type: ignore[operator, union-attr]
+        network[0].bias.copy_(torch.tensor([0.3, 0.7]))  # type: ignore[operator]
     formats = {"input": QFormat("UQ0.2")}
     quantize(network, QuantPlan({"0": LayerPlan(QFormat("Q0.2"), formats, bias)}))
     layer = quantized_layers(network)["0"]
@@ -379,7 +389,7 @@ def test_biases_are_rounded_where_the_plan_says_so(bias: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_weights_that_a_hook_computes_are_not_paired() -> None:
-    network = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(1, 2, 3)), nn.BatchNorm2d(2)).eval()  # type: ignore[no-untyped-call]
+    network = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(1, 2, 3)), nn.BatchNorm2d(2)).eval()
     nn.init.constant_(network[1].weight, 3.0)  # type: ignore[arg-type]
     quantize(network, QuantPlan.uniform(network, "int8", "float"), IMAGE)
     assert not any(isinstance(m, PairedNorm) for m in network.modules())

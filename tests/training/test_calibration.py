@@ -138,7 +138,7 @@ def test_kinds_of_batches(wrap: Any) -> None:
 )
 def test_other_batches_are_refused(batch: Any) -> None:
     with pytest.raises(
-        ValueError, match="a batch is a tensor, a sequence .* or a dictionary with 'image'; found"
+        ValueError, match=r"a batch is a tensor, a sequence .* or a dictionary with 'image'; found"
     ):
         image_of(batch)
 

@@ -1,0 +1,103 @@
+"""Integer codes and bytes: there and back, against bytes by hand, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from monai_unetq.deploy import bits as module
+from monai_unetq.deploy import pack_codes, unpack_codes
+
+
+@st.composite
+def codes(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
+    """Codes, their number of bits, and the lowest code; unsigned, two's complement or any offset."""
+    bits = draw(st.integers(1, 24))
+    lowest = draw(st.sampled_from([0, -(1 << (bits - 1)), -(1 << bits) + 1]))
+    values = st.one_of(
+        st.integers(lowest, lowest + (1 << bits) - 1), st.sampled_from([lowest, lowest + (1 << bits) - 1])
+    )
+    return np.array(draw(st.lists(values, max_size=60)), dtype=np.int32), bits, lowest
+
+
+@given(codes())
+def test_there_and_back(case: tuple[np.ndarray, int, int]) -> None:
+    values, bits, lowest = case
+    data = pack_codes(values, bits, lowest)
+    assert data.dtype == np.uint8
+    assert data.shape == (-(-values.size * bits // 8),)
+    found = unpack_codes(data, bits, lowest, values.size)
+    assert found.dtype == np.int32
+    assert np.array_equal(found, values)
+
+
+@given(codes())
+def test_the_stream_is_the_codes_bits_least_significant_first(case: tuple[np.ndarray, int, int]) -> None:
+    values, bits, lowest = case
+    number = sum((int(v) - lowest) << (i * bits) for i, v in enumerate(values))
+    assert pack_codes(values, bits, lowest).tobytes() == number.to_bytes(
+        -(-values.size * bits // 8), "little"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "bits", "lowest", "expected"),
+    [
+        ([1, 0, 1, 1, 0, 0, 0, 1, 1], 1, 0, [0b10001101, 0b1]),
+        ([-8, 7, 0], 4, -8, [0xF0, 0x08]),  # 0, 15 | 8
+        ([0, 63, 1], 6, 0, [0b11000000, 0b00011111, 0b00]),  # 000000 111111 100000, first bit lowest
+        ([5, 3], 3, 0, [0b00011101]),
+        ([-1, 1, -2, 0], 2, -2, [0b10001101]),
+        ([0x123456], 24, 0, [0x56, 0x34, 0x12]),
+        ([], 4, -8, []),
+    ],
+)
+def test_bytes_by_hand(values: list[int], bits: int, lowest: int, expected: list[int]) -> None:
+    assert pack_codes(np.array(values, dtype=np.int64), bits, lowest).tolist() == expected
+    assert unpack_codes(np.array(expected, np.uint8), bits, lowest, len(values)).tolist() == values
+
+
+def test_any_shape_is_taken_in_c_order() -> None:
+    values = np.arange(24, dtype=np.int16).reshape(2, 3, 4).transpose(2, 0, 1) - 12
+    assert np.array_equal(unpack_codes(pack_codes(values, 5, -12), 5, -12, 24), values.reshape(-1))
+
+
+@pytest.mark.parametrize("chunk", [8, 16])
+@pytest.mark.parametrize("bits", [1, 3, 4, 7, 24])
+def test_chunks_meet_without_a_seam(chunk: int, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    for count in (chunk - 1, chunk, chunk + 1, 3 * chunk, 3 * chunk + 5):
+        values = generator.integers(0, 1 << bits, count).astype(np.int32)
+        whole = pack_codes(values, bits, 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_CHUNK", chunk)
+            assert np.array_equal(pack_codes(values, bits, 0), whole)
+            assert np.array_equal(unpack_codes(whole, bits, 0, count), values)
+
+
+def test_real_chunks_meet_too() -> None:
+    values = np.random.default_rng(0).integers(-4, 4, module._CHUNK + 3).astype(np.int32)
+    assert np.array_equal(unpack_codes(pack_codes(values, 3, -4), 3, -4, values.size), values)
+
+
+@pytest.mark.parametrize(
+    ("values", "found"), [([0, 8], "0 to 8"), ([-9, 0], "-9 to 0"), ([-100, 100], "-100 to 100")]
+)
+def test_codes_out_of_range_are_refused(values: list[int], found: str) -> None:
+    with pytest.raises(ValueError, match=f"codes {found} do not fit in 4 bits from -8"):
+        pack_codes(np.array(values), 4, -8)
+
+
+@pytest.mark.parametrize("size", [0, 2, 4, 5])
+def test_wrong_lengths_are_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"found {size} bytes, expected 3 for 5 codes of 4 bits"):
+        unpack_codes(np.zeros(size, np.uint8), 4, -8, 5)
+
+
+def test_bits_behind_the_last_code_are_refused() -> None:
+    data = pack_codes(np.array([1, 2, 3]), 4, 0)
+    data[-1] |= 0x80
+    with pytest.raises(ValueError, match="after the last code"):
+        unpack_codes(data, 4, 0, 3)
