@@ -21,9 +21,9 @@ from monai_unetq.datasets import membrane_phantom
 from monai_unetq.deploy import inspect_packed, unpack
 from monai_unetq.networks import FixedPointUNet
 from monai_unetq.plan import QuantPlan
-from monai_unetq.training import predict
+from monai_unetq.training import History, predict, train
 
-SMALL = {"width": 4, "steps": 12, "qat_steps": 10}
+SMALL: dict[str, Any] = {"width": 4, "steps": 12, "qat_steps": 10}
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +82,12 @@ def test_the_float_stage_is_reused_by_another_format(
 ) -> None:
     out, results = done
     trained = []
-    train = recipe.train
-    monkeypatch.setattr(recipe, "train", lambda *a: trained.append(a[5]) or train(*a))
+
+    def watched(*arguments: Any) -> History:
+        trained.append(arguments[5])
+        return train(*arguments)
+
+    monkeypatch.setattr(recipe, "train", watched)
     again = recipe.demo(stack, out, **SMALL)
     assert trained == []
     assert again["rows"] == results["rows"]

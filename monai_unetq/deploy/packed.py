@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from ..formats import QFormat
 from ..layers import PAIRED_NORMS, QUANTIZED_LAYERS, PairedNorm, QuantizedLayer, quantize_layer
@@ -79,6 +80,7 @@ def pack(network: nn.Module, path: str | Path) -> Path:
         "plan": plan.to_json(),
         "packed": packed,
         "folded": sorted(name for name, module in baked.named_modules() if isinstance(module, FoldedNorm)),
+        "functions": _functions(baked),
         "versions": {name: _version(name) for name in ("monai-unetq", "torch")},
     }
     document["checksum"] = _checksum(document, tensors)
@@ -125,6 +127,12 @@ def unpack(path: str | Path, network: nn.Module) -> nn.Module:
         for key, shape in document["packed"].items()
     }
     _load(trial, tensors, codes, document["packed"], wrong)
+    found, expected = _functions(network), document["functions"]
+    for name in {**expected, **found}:
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"{wrong}: '{name}' is {found.get(name, 'missing')}, expected {expected.get(name, 'no such module')}"
+            )
     _prepare(network, plan, document["folded"], tensors, wrong)
     network.load_state_dict(trial.state_dict())
     return network.eval()
@@ -174,6 +182,20 @@ def inspect_packed(path: str | Path) -> dict[str, Any]:
         "float_bytes": 4 * sum(layer["parameters"] for layer in layers),
         "layers": layers,
         "plan": document["plan"],
+    }
+
+
+def _functions(network: nn.Module) -> dict[str, str]:
+    """Name → what it is, for every module that computes without state: activations, pooling, upsampling.
+
+    No tensor tells a network with tanh from one with ReLU; this does.
+    """
+    return {
+        name: repr(module).replace("inplace=True", "")
+        for name, module in network.named_modules()
+        if not isinstance(module, (nn.Identity, _DropoutNd))
+        and not any(True for _ in module.children())
+        and not module.state_dict()
     }
 
 
@@ -283,7 +305,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     found = document.get("version") if isinstance(document, dict) else None
     if isinstance(found, int) and found > VERSION:
         raise ValueError(f"{path}: packed format {found}, this program reads {VERSION}: update monai-unetq")
-    kinds = {"version": int, "network": str, "plan": dict, "packed": dict, "folded": list, "versions": dict, "checksum": str}  # fmt: skip
+    kinds = {"version": int, "network": str, "plan": dict, "packed": dict, "folded": list, "functions": dict, "versions": dict, "checksum": str}  # fmt: skip
     for key, kind in kinds.items():
         if not isinstance(document, dict) or not isinstance(document.get(key), kind):
             raise ValueError(f"{path}: corrupted: '{key}' is missing from its header or no {kind.__name__}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import PAIRED_NORMS, QUANTIZED_LAYERS, PairedNorm, QuantizedLayer
-from .observe import example_for, observe
+from .observe import example_for, observe, shares_weight
 
 __all__ = ["FoldedNorm", "fold", "fold_pairs", "take_norm_out"]
 
@@ -46,7 +46,8 @@ def fold(network: nn.Module, example: Tensor | None = None) -> nn.Module:
     fold_pairs(network)
     modules = dict(network.named_modules())
     for layer_name, norm_name in floats.items():
-        _fold_float(modules[layer_name], modules[norm_name])
+        if not shares_weight(network, modules[layer_name]):
+            _fold_float(modules[layer_name], modules[norm_name])
     for name, module in modules.items():
         if type(module) in PAIRED_NORMS:
             logger.warning(

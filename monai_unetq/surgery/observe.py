@@ -241,6 +241,12 @@ def observe(network: nn.Module, example: Tensor) -> Trace:
     return trace
 
 
+def shares_weight(network: nn.Module, layer: nn.Module) -> bool:
+    """Whether another layer uses the same weight parameter: a batch norm cannot be folded into it then."""
+    weight = layer._parameters.get("weight")
+    return sum(module._parameters.get("weight") is weight for module in network.modules()) > 1
+
+
 def example_for(network: nn.Module) -> Tensor:
     """A batch of one that most segmentation networks accept: zeros with the first convolution's channels.
 

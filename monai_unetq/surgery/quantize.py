@@ -18,7 +18,7 @@ from ..layers import (
 )
 from ..plan import WHOLE, LayerPlan, QuantPlan
 from ..quantizers import Quantizer
-from .observe import NORMS, Trace, example_for, observe
+from .observe import NORMS, Trace, example_for, observe, shares_weight
 
 __all__ = ["dequantize", "pair_norms", "plan_of", "quantize", "quantized_layers"]
 
@@ -69,7 +69,7 @@ def quantize(network: nn.Module, plan: QuantPlan, example: Tensor | None = None)
         same = {other for other, module in modules.items() if module is modules[name]} & ran
         if not same:
             raise ValueError(f"plan: layer '{name}' did not run on the example, so its input is unknown")
-        inputs[name] = _resolve(plan[name].input, trace, same.pop())
+        inputs[name] = _resolve(plan[name].input, trace, min(same))
         _check_values(name, modules[name])
         for number_format in (plan[name].weight, inputs[name]):
             Quantizer(number_format)  # an error for a format that has none yet
@@ -114,9 +114,8 @@ def pair_norms(network: nn.Module, trace: Trace) -> dict[str, str]:
             continue
         if type(norm) not in PAIRED_NORMS or norm.running_var is None:
             continue
-        if (
-            "weight" not in layer._parameters
-        ):  # weight_norm computes it anew in every forward: cannot be folded
+        # weight_norm computes the weight anew in every forward: nothing to fold into. Nor a weight of two layers.
+        if "weight" not in layer._parameters or shares_weight(network, layer):
             continue
         norm.__class__ = PAIRED_NORMS[type(norm)]
         assert isinstance(norm, PairedNorm)
@@ -124,7 +123,7 @@ def pair_norms(network: nn.Module, trace: Trace) -> dict[str, str]:
         layer.weight_quantizer.calibrate(layer.folded_weight())
         made[layer_name] = norm_name
     for name, module in modules.items():
-        if isinstance(module, NORMS) and not isinstance(module, PairedNorm) and name not in pairs.values():
+        if isinstance(module, NORMS) and not isinstance(module, PairedNorm):
             logger.info("batch norm '%s' stays float: no convolution has it as its only consumer", name)
     return made
 

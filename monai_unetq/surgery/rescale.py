@@ -168,9 +168,8 @@ def _group(trace: Trace, layers: Mapping[str, QuantizedLayer]) -> _Groups:
             parent[other] = root
         return root
 
-    gained = {n for n, layer in layers.items() if layer.paired_norm is None or layer.paired_norm.affine}
+    gained = [n for n, layer in layers.items() if layer.paired_norm is None or layer.paired_norm.affine]
     produced = {call.output: call.layer for call in trace.calls}
-    read = {call.input for call in trace.calls}
     source: dict[int, str] = {}
     for tensor, name in produced.items():
         source[tensor] = find(name) if name in gained else _FIXED
@@ -195,7 +194,6 @@ def _group(trace: Trace, layers: Mapping[str, QuantizedLayer]) -> _Groups:
             met.append(_FIXED)  # no γ, see _apply
         # A layer that runs twice, or has no batch norm and runs on several sources, gets one gain for all.
         source_of[name] = union(met)
-        assert all(call.input in read for call in trace.calls_of(name)), layer
     for call in trace.calls:
         if call.layer not in layers:  # float layers take no factor out
             union([source.get(call.input, _FIXED), _FIXED])

@@ -35,7 +35,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, A
         "--threads", "1", "--channels-last", "--out", str(out),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["qat_step.json", "qat_step.md"]
+    page = out.with_suffix(".md").read_text(encoding="utf-8")
+    assert all(page.count(f"| {name} |") == 2 for name in (*PLAIN, *OWN, *PEERS))
     return done.stdout, json.loads(out.read_text(encoding="utf-8"))
 
 

@@ -508,3 +508,16 @@ def test_the_plan_is_in_the_file(packed: Path) -> None:
     assert document["folded"] == ["1"]
     assert set(document["versions"]) == {"monai-unetq", "torch"}
     assert set(quantized_layers(unpack(packed, small()))) == {"0", "3"}
+
+
+def test_a_network_with_other_functions_is_refused(tmp_path: Path) -> None:
+    """No tensor tells tanh from ReLU, or one way of upsampling from another."""
+    net = FixedPointUNet(1, 1, width=4)
+    quantize(net, QuantPlan.uniform(net, "Q0.4", "Q6.0", input="UQ0.8"))
+    path = pack(net, tmp_path / "m.unetq")
+    with pytest.raises(ValueError, match=r"'encoder\.0\.act1' is Tanh\(\), expected ReLU\(\)"):
+        unpack(path, FixedPointUNet(1, 1, width=4, activation="tanh"))
+    other = FixedPointUNet(1, 1, width=4)
+    other.upsample[1] = nn.Upsample(scale_factor=2, mode="nearest")
+    with pytest.raises(ValueError, match=r"'upsample\.1' is Upsample\(.*nearest"):
+        unpack(path, other)

@@ -216,7 +216,7 @@ def test_size_draws_each_row_at_its_dice_with_its_name(tmp_path: Path, drawn: li
     assert axis.get_xscale() == "log"
     assert len(axis.containers) == 3
     assert {text.get_text() for text in axis.texts} == {"float", "Q6.0/Q0.4", "int6/int4"}
-    drawn_points = [tuple(container[0].get_xydata()[0]) for container in axis.containers]  # type: ignore[index]
+    drawn_points = [tuple(container[0].get_xydata()[0]) for container in axis.containers]
     assert sorted(y for _, y in drawn_points) == [94.9, 95.0, 95.3]
     for x, y in drawn_points:
         expected = {94.9: 151_920, 95.0: 151_920, 95.3: 1_215_364}[y]

@@ -306,3 +306,24 @@ def test_fold_pairs_leaves_float_layers_alone() -> None:
     assert type(network.get_submodule("encoder.0.norm1")) is nn.BatchNorm2d
     assert isinstance(network.get_submodule("encoder.0.norm2"), FoldedNorm)
     assert torch.equal(run(network, example), before)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_layers_that_share_a_weight_are_left_as_they_are(quantized: bool) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)
+    )
+    network[2].weight = network[0].weight
+    for norm in network:
+        if isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None:
+            norm.running_var.uniform_(0.1, 0.2)
+    image = torch.rand(1, 2, 16, 16)
+    if quantized:
+        quantize(network, QuantPlan.uniform(network, "int8", "float"), image)
+    network.eval()
+    with torch.no_grad():
+        before = network(image)
+        fold(network, image)
+        assert torch.equal(network(image), before)
+    assert isinstance(network[1], nn.BatchNorm2d)

@@ -139,7 +139,7 @@ def test_validation_cases_must_not_be_trained_on() -> None:
 def test_a_loss_that_is_not_finite_stops_the_training() -> None:
     net = network(quantized=False)
     with torch.no_grad():
-        net.last.bias.fill_(float("nan"))
+        net.last.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="the loss is nan at step 1"):
         train(net, TRAIN, VALIDATION, SCHEDULE)
 
