@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +40,8 @@ from monai_unetq.surgery import quantize
 from monai_unetq.training import Schedule, train
 
 PAPER_WIDTH = 64
+ARGUMENTS = ("width", "steps", "qat_steps", "learning_rate", "batch_size", "device")
+"""What a seed's results depend on, as the command line names it."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,6 @@ def run_seed(data: Data, seed: int, options: argparse.Namespace) -> None:
     network, history = train_float(data, options.width, schedule, folder / "float", options.device)
     assert isinstance(network, FixedPointUNet)
     conditions = {
-        "command": shlex.join(
-            ["python", "benchmarks/em_formats.py", "--data", "DIR", *_without_paths(sys.argv[1:])]
-        ),
         "versions": versions(),
         "split": {"train": data.split.train, "validation": data.split.validation, "test": data.split.test},
         "width": options.width,
@@ -216,6 +213,11 @@ def markdown(study: dict[str, Any]) -> str:
     """The page docs/results/em.md."""
     conditions, seeds = study["conditions"], study["seeds"]
     split = conditions["split"]
+    command = [
+        "python benchmarks/em_formats.py --data DIR --out em-study --docs docs/results --seeds",
+        *map(str, seeds),
+        *(f"--{key.replace('_', '-')} {conditions[key]}" for key in ARGUMENTS),
+    ]
     lines = [
         "# Number formats on EM membranes",
         "",
@@ -223,7 +225,7 @@ def markdown(study: dict[str, Any]) -> str:
         "with the folder of slices for `DIR`:",
         "",
         "```",
-        conditions["command"],
+        " ".join(command),
         "```",
         "",
         f"- **Data**: ISBI 2012 slices {split['train'][0]}–{split['train'][-1]} for training, "
@@ -328,20 +330,6 @@ def _summary(values: dict[str, float], higher_is_better: bool) -> dict[str, Any]
 
 def _interval(summary: dict[str, Any]) -> str:
     return f"{summary['mean']:.2f} [{summary['low']:.2f}, {summary['high']:.2f}]"
-
-
-def _without_paths(arguments: list[str]) -> list[str]:
-    """The command line without the data folder, for the page."""
-    kept = []
-    skip = False
-    for argument in arguments:
-        if skip or argument.startswith("--data="):
-            skip = False
-        elif argument in ("--data", "--out", "--docs"):
-            skip = True
-        else:
-            kept.append(argument)
-    return [*kept, "--out", "em-study", "--docs", "docs/results"]
 
 
 if __name__ == "__main__":
