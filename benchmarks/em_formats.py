@@ -57,7 +57,7 @@ class Row:
         return f"{self.activations}/{self.weights} {self.how}"
 
     def plan(self, network: FixedPointUNet) -> QuantPlan:
-        """First and last layer have 8-bit weights, which are 0.04 % of all at the paper's width."""
+        """First and last layer have 8-bit weights, which are 0.02 % of all at the paper's width."""
         return QuantPlan.uniform(
             network,
             self.weights,

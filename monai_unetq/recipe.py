@@ -355,7 +355,10 @@ def _report(out: Path, results: dict[str, Any], case: Case, predictions: dict[st
     colours = "Membrane pixels found, missed and invented"
     figures = [
         (f"{colours}, test slice {case.name}.", folder / "segmentation.png"),
-        ("Loss, and validation Dice (mean of interior and membrane), over the steps of both trainings.", folder / "training.png"),
+        (
+            "Loss, and validation Dice (mean of interior and membrane), over the steps of both trainings.",
+            folder / "training.png",
+        ),
         ("How often each layer's weights take each code.", folder / "weights.png"),
         ("Dice on the test slices against the size of the weights.", folder / "size.png"),
     ]
