@@ -102,7 +102,6 @@ class Trace:
     operations: list[Operation] = field(default_factory=list)
     calls: list[LayerCall] = field(default_factory=list)
     norm_inputs: dict[str, list[int]] = field(default_factory=dict)
-    network_inputs: set[int] = field(default_factory=set)
     network_outputs: set[int] = field(default_factory=set)
     nonnegative: set[int] = field(default_factory=set)
 
@@ -225,7 +224,6 @@ def observe(network: nn.Module, example: Tensor) -> Trace:
         hooks.append(module.register_forward_hook(leave, with_kwargs=True))
     try:
         with evaluating(network), torch.no_grad(), recorder:
-            trace.network_inputs.add(recorder.number(example))
             out = network(example)
             trace.network_outputs.update(
                 recorder.number(t) for t in tree_leaves(out) if isinstance(t, Tensor)
