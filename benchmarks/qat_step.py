@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import monai_unetq as uq
-from monai_unetq.datasets.phantom import membrane_phantom
+from monai_unetq.datasets import membrane_phantom
 from monai_unetq.training.calibration import reestimate_norms
 from monai_unetq.training.losses import bce_dice_loss
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import networks
+    from . import datasets, networks, training, transforms
     from .deploy import inspect_packed, pack, unpack
     from .formats import QFormat
     from .plan import LayerPlan, QuantPlan
@@ -24,6 +24,7 @@ __all__ = [
     "QuantPlan",
     "__version__",
     "calibrate",
+    "datasets",
     "dequantize",
     "fold",
     "inspect_packed",
@@ -32,6 +33,8 @@ __all__ = [
     "pack",
     "plan_of",
     "quantize",
+    "training",
+    "transforms",
     "unpack",
 ]
 
@@ -51,7 +54,7 @@ _HOME = {
 }
 """Public name → the module of ours that defines it."""
 
-_SUBMODULES = frozenset({"networks"})
+_SUBMODULES = frozenset({"datasets", "networks", "training", "transforms"})
 
 
 def __getattr__(name: str) -> Any:

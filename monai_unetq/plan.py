@@ -6,7 +6,7 @@ Imports no torch: ``runtime/`` and the command line read plans too.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -111,26 +111,31 @@ class QuantPlan:
         input: str | QFormat | None = None,
         first: str | QFormat | None = None,
         last: str | QFormat | None = None,
-        keep_float: tuple[str, ...] = (),
+        keep_float: Sequence[str] = (),
         scale: Literal["power-of-two", "free"] = "power-of-two",
         granularity: Literal["channel", "tensor"] = "channel",
         learned: bool = False,
+        image_layers: Sequence[str] = (),
+        last_layer: str | None = None,
     ) -> QuantPlan:
         """The same formats for every convolution, transposed convolution and linear layer of a network.
 
         Args:
-            network: float or quantized; first and last layer are taken in the order of registration.
+            network: float or quantized.
             weights: format of all weights, such as ``"Q0.4"``.
             activations: format of all activations, such as ``"Q6.0"``; ``quantize`` makes it unsigned where the
                 tensor cannot be negative.
             input: format of the first layer's input, the image; ``activations`` by default, which is rarely
                 what an image in [0, 1] needs: ``UQ0.8`` fits.
-            first: weight format of the first layer, ``"float"`` keeps all of it float.
+            first: weight format of the first layer(s), ``"float"`` keeps all of them float.
             last: weight format of the last layer, ``"float"`` keeps all of it float.
             keep_float: names or shell patterns of layers that stay float.
             scale: see the class.
             granularity: see the class.
             learned: see the class.
+            image_layers: the layers that ``input`` and ``first`` are for, where they are not the one that was
+                registered first: ``observe(network, example).image_layers()``.
+            last_layer: the one that ``last`` is for, where it is not the one that was registered last.
 
         Raises:
             ValueError: if the network has no such layer, a format is none, or a pattern matches no layer.
@@ -145,9 +150,11 @@ class QuantPlan:
                 raise ValueError(f"keep_float: {pattern!r} matches none of the layers {', '.join(names)}")
         weight, activation = QFormat(str(weights)), QFormat(str(activations))
         weight_of, input_of = dict.fromkeys(names, weight), dict.fromkeys(names, activation)
+        begin = [name for name in image_layers if name in weight_of] or names[:1]
+        end = last_layer if last_layer in weight_of else names[-1]
         if input is not None:
-            input_of[names[0]] = QFormat(str(input))
-        for name, override in ((names[0], first), (names[-1], last)):
+            input_of.update(dict.fromkeys(begin, QFormat(str(input))))
+        for name, override in (*((name, first) for name in begin), (end, last)):
             if override is not None:
                 weight_of[name] = QFormat(str(override))
                 if weight_of[name].is_float:

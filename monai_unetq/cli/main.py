@@ -16,6 +16,8 @@ from typing import Any
 
 from .. import __version__
 from ..formats import QFormat
+from .bundle import add_bundle_command
+from .data import add_data_command
 
 __all__ = ["main"]
 
@@ -49,6 +51,7 @@ examples:
   unetq demo --out unetq-demo                 train, quantize and measure a small U-Net; write a report
   unetq format Q0.4 UQ6.0                     what number formats can represent
   unetq inspect unetq-demo/model.unetq        what a packed model holds
+  unetq data em --source DIR --out DIR        prepare a downloaded data set for nnU-Net and MONAI
 
 'unetq COMMAND --help' explains a command. UNETQ_DEBUG=1 shows the traceback of an error.
 """
@@ -143,6 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--json", action="store_true", help="print the whole description as JSON")
     inspect.set_defaults(run=_inspect, after_interrupt="")
+    add_data_command(commands, _command)
+    add_bundle_command(commands, _command)
     return parser
 
 

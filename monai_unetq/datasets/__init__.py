@@ -1,9 +1,24 @@
-"""Data to train and measure networks on: cases, their split, EM slices from files, a membrane phantom."""
+"""Data to train and measure networks on: cases and their splits, data sets prepared from downloads in the layout
+of nnU-Net, phantoms."""
 
 from __future__ import annotations
 
 from .cases import Case, Split, block_split
 from .em import read_em
-from .phantom import membrane_phantom
+from .layout import data_list, folds
+from .phantoms import abdomen_phantom, cord_phantom, membrane_phantom
+from .prepare import prepare, write_phantom
 
-__all__ = ["Case", "Split", "block_split", "membrane_phantom", "read_em"]
+__all__ = [
+    "Case",
+    "Split",
+    "abdomen_phantom",
+    "block_split",
+    "cord_phantom",
+    "data_list",
+    "folds",
+    "membrane_phantom",
+    "prepare",
+    "read_em",
+    "write_phantom",
+]

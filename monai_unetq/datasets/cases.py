@@ -18,13 +18,17 @@ class Case:
 
     Attributes:
         name: unique within a data set, e.g. ``"07"``.
-        image: float32, shape (1, H, W), values in [0, 1].
-        label: uint8, shape (1, H, W), 1 = foreground (EM: cell interior), 0 = background (membrane).
+        image: float32, shape (1, H, W) or (1, D, H, W); values in [0, 1], CT in HU.
+        label: uint8, of the same shape, 1 = foreground (EM: cell interior), 0 = background (membrane).
+        spacing: mm per axis, in the order of the array's spatial axes; empty where it is unknown.
+        group: the person, patient or block that the case belongs to; empty where it is unknown.
     """
 
     name: str
     image: npt.NDArray[np.float32]
     label: npt.NDArray[np.uint8]
+    spacing: tuple[float, ...] = ()
+    group: str = ""
 
 
 @dataclass(frozen=True)

@@ -90,10 +90,9 @@ class QuantizedLayer(_Layer):
             # The gradient is that of rounded · after; the value is code × folded scale, as it will be after fold.
             step = torch.exp2(self.folded_log2_scale(after))
             weight = _scale_rows(rounded, after)
-            folded = _scale_rows(
-                (rounded.detach() / _column(self.weight_quantizer.scale, rounded)).round(), step
-            )
-            weight = weight + (folded - weight).detach()
+            if self.weight_quantizer.rounds:
+                codes = (rounded.detach() / _column(self.weight_quantizer.scale, rounded)).round()
+                weight = weight + (_scale_rows(codes, step) - weight).detach()
         return self._from_output_major(weight), self._round_bias(norm.shift(norm.gain(), self.bias), step)
 
     def norm_factors(self, norm: PairedNorm) -> tuple[Tensor, Tensor | None]:
@@ -138,11 +137,10 @@ class QuantizedLayer(_Layer):
         return torch.log2(self.weight_quantizer.scale.detach() * after.detach().clamp(min=_LEAST_GAIN))
 
     def _round_bias(self, bias: Tensor | None, weight_step: Tensor) -> Tensor | None:
-        """The bias on the accumulator's grid, input step × weight step; as it is where one of both is float."""
-        formats = self.input_quantizer.number_format, self.weight_quantizer.number_format
-        if bias is None or not self.rounds_bias or any(f.is_float for f in formats):
+        """The bias on the accumulator's grid, input step × weight step; as it is where one of both does not round."""
+        if bias is None or not self.rounds_bias:
             return bias
-        if self.input_quantizer.observer is not None:
+        if not (self.input_quantizer.rounds and self.weight_quantizer.rounds):
             return bias
         step = (self.input_quantizer.scale * weight_step).detach()
         codes = (bias.detach() / step.clamp(min=1e-30)).round()
@@ -153,9 +151,7 @@ class QuantizedLayer(_Layer):
 
     def _widest(self) -> int:
         """Significant bits that the rounded values need; all of float32's where a scale is no power of two."""
-        quantizers = [
-            q for q in (self.input_quantizer, self.weight_quantizer) if not q.number_format.is_float
-        ]
+        quantizers = [q for q in (self.input_quantizer, self.weight_quantizer) if q.rounds]
         return max((q.number_format.bits if q.power_of_two else 24 for q in quantizers), default=0)
 
     def output_major(self, weight: Tensor) -> Tensor:

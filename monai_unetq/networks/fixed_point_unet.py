@@ -37,6 +37,8 @@ class FixedPointUNet(nn.Module):
         torch.Size([1, 1, 64, 64])
     """
 
+    __jit_unused_properties__ = ("divisor",)
+
     def __init__(
         self,
         in_channels: int,
@@ -89,8 +91,9 @@ class FixedPointUNet(nn.Module):
         Raises:
             ValueError: if a size is not divisible by 8; ``training.predict`` pads and crops.
         """
-        self._check(image)
-        skips = []
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self._check(image)
+        skips: list[Tensor] = []
         x = image
         for level, block in enumerate(self.encoder):
             x = block(self.pool(x) if level else x)

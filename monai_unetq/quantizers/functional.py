@@ -20,6 +20,11 @@ _PIECE = 1 << 17
 """Values that are worked on at a time on a CPU: 512 KiB of float32, so that a few passes stay in the cache."""
 
 
+def _recorded() -> bool:
+    """Whether the operations are being recorded, to run again on tensors of other sizes: no pieces then."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-any-return]
+
+
 def along_axis(scale: Tensor, tensor: Tensor, axis: int | None) -> Tensor:
     """``scale`` of shape (C,) in a shape that broadcasts along ``axis`` of ``tensor``; a 0-dim scale as it is."""
     if axis is None or scale.dim() == 0:
@@ -89,7 +94,7 @@ class _LearnedFakeQuantize(torch.autograd.Function):
 def _rounded(tensor: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
     """scale · clamp(round(tensor / scale), qmin, qmax), in the tensor's memory format."""
     inverse = scale.reciprocal()
-    if scale.dim() or torch.compiler.is_compiling():
+    if scale.dim() or _recorded():
         return torch.mul(tensor, inverse).round_().clamp_(qmin, qmax).mul_(scale)
     out = torch.empty_like(tensor)
     for x, y in zip(*_in_cache(tensor, out), strict=True):
@@ -113,7 +118,7 @@ def _in_cache(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """
     whole: list[tuple[Tensor, ...]] = [(t,) for t in tensors]
     first = tensors[0]
-    if first.device.type != "cpu" or torch.compiler.is_compiling():
+    if first.device.type != "cpu" or _recorded():
         return whole
     dense = torch.ops.aten.is_non_overlapping_and_dense
     if not all(t.stride() == first.stride() and dense(t) for t in tensors):
@@ -134,7 +139,10 @@ def fake_quantize(tensor: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int
     Returns:
         the rounded tensor, same shape and dtype. ±inf saturate, NaN stays NaN.
     """
-    out = _FakeQuantize.apply(tensor, along_axis(scale.detach(), tensor, axis).to(tensor.dtype), qmin, qmax)
+    along = along_axis(scale.detach(), tensor, axis).to(tensor.dtype)
+    if not torch.is_grad_enabled():  # tracing and export follow plain operations only
+        return _rounded(tensor, along, qmin, qmax)
+    out = _FakeQuantize.apply(tensor, along, qmin, qmax)
     return out
 
 
@@ -155,37 +163,41 @@ def learned_fake_quantize(
         qmax: highest code.
         axis: the channel axis of a per-channel scale.
     """
+    along = along_axis(scale, tensor, axis).to(tensor.dtype)
+    if not torch.is_grad_enabled():
+        return _rounded(tensor, along, qmin, qmax)
     sharing = tensor.numel() // scale.numel()
     gain = 1.0 / (max(sharing, 1) * max(qmax, 1)) ** 0.5
-    out = _LearnedFakeQuantize.apply(
-        tensor, along_axis(scale, tensor, axis).to(tensor.dtype), qmin, qmax, gain
-    )
+    out = _LearnedFakeQuantize.apply(tensor, along, qmin, qmax, gain)
     return out
 
 
 class _LiteralFakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, integer_bits: int, fraction_bits: int, signed: bool) -> Tensor:
-        magnitude = tensor.abs()
-        whole = magnitude.floor()
-        fraction = magnitude - whole
-        step = 2.0**-fraction_bits
-        whole.clamp_(max=2**integer_bits - 1)
-        # quantize(x, 0) is round(clamp(x, 0)) with clamp to 2^0 - 1 = 0: no fraction bits, no fraction.
-        fraction = (fraction / step).round_() * step if fraction_bits else torch.zeros_like(fraction)
-        out = torch.sign(tensor) * (whole + fraction)
-        if not signed:
-            out = out.clamp(min=0.0)
-        limit = 2.0**integer_bits
-        ctx.save_for_backward((tensor.abs() < limit) & (signed or tensor >= 0))
-        # |x| = inf has no fraction; it saturates.
-        top = limit - 1 + (1 if fraction_bits else 0)
-        return torch.where(torch.isinf(tensor), torch.clamp(tensor, -top if signed else 0.0, top), out)
+        ctx.save_for_backward((tensor.abs() < 2.0**integer_bits) & (signed or tensor >= 0))
+        return _literal(tensor, integer_bits, fraction_bits, signed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (inside,) = ctx.saved_tensors
         return grads[0] * inside, None, None, None
+
+
+def _literal(tensor: Tensor, integer_bits: int, fraction_bits: int, signed: bool) -> Tensor:
+    magnitude = tensor.abs()
+    whole = magnitude.floor()
+    fraction = magnitude - whole
+    step = 2.0**-fraction_bits
+    whole.clamp_(max=2**integer_bits - 1)
+    # quantize(x, 0) is round(clamp(x, 0)) with clamp to 2^0 - 1 = 0: no fraction bits, no fraction.
+    fraction = (fraction / step).round_() * step if fraction_bits else torch.zeros_like(fraction)
+    out = torch.sign(tensor) * (whole + fraction)
+    if not signed:
+        out = out.clamp(min=0.0)
+    # |x| = inf has no fraction; it saturates.
+    top = 2.0**integer_bits - 1 + (1 if fraction_bits else 0)
+    return torch.where(torch.isinf(tensor), torch.clamp(tensor, -top if signed else 0.0, top), out)
 
 
 def literal_fake_quantize(
@@ -206,5 +218,7 @@ def literal_fake_quantize(
     Returns:
         the rounded tensor; straight-through gradient, zero where |x| ≥ 2^i.
     """
+    if not torch.is_grad_enabled():
+        return _literal(tensor, integer_bits, fraction_bits, signed)
     out = _LiteralFakeQuantize.apply(tensor, integer_bits, fraction_bits, signed)
     return out

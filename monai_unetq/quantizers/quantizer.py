@@ -19,7 +19,7 @@ class _RoundPowerOfTwo(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, log2_scale: Tensor) -> Tensor:
-        scale = torch.ldexp(torch.ones_like(log2_scale), log2_scale.round())
+        scale = _power_of_two(log2_scale)
         ctx.save_for_backward(scale)
         return scale
 
@@ -27,6 +27,10 @@ class _RoundPowerOfTwo(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (scale,) = ctx.saved_tensors
         return grads[0] * scale * 0.6931471805599453
+
+
+def _power_of_two(log2_scale: Tensor) -> Tensor:
+    return torch.ldexp(torch.ones_like(log2_scale), log2_scale.round())
 
 
 class Quantizer(nn.Module):
@@ -45,6 +49,9 @@ class Quantizer(nn.Module):
         channels: where positive, there is one scale for each index of the tensor's first axis; else one in all.
         power_of_two: scales that calibration or training finds are powers of two.
         learned: the scale is a parameter (LSQ); otherwise a buffer that calibration sets.
+
+    Attributes:
+        enabled: whether it rounds; no state. Off, it passes tensors through: the float phase of a training.
 
     Raises:
         ValueError: for a format that has no quantizer.
@@ -81,11 +88,19 @@ class Quantizer(nn.Module):
             self.register_buffer("log2_scale", log2_scale)
         self.number_format = number_format
         self.observer: RangeObserver | None = None
+        self.enabled = True
+
+    @property
+    def rounds(self) -> bool:
+        """Whether ``forward`` rounds now: not where it is off, observed, or kept float."""
+        return self.enabled and self.observer is None and not self.number_format.is_float
 
     @property
     def scale(self) -> Tensor:
         """The scale in use, () or (channels,), float32; differentiable where it is learned."""
         if self.power_of_two:
+            if not torch.is_grad_enabled():  # tracing and export follow plain operations only
+                return _power_of_two(self.log2_scale)
             return _RoundPowerOfTwo.apply(self.log2_scale)
         return torch.exp2(self.log2_scale)
 
@@ -102,13 +117,12 @@ class Quantizer(nn.Module):
             self.set_scale(scale if self.channels else scale[0])
 
     def forward(self, tensor: Tensor) -> Tensor:
-        """The tensor rounded to the format, in its own dtype; as it is while observed, or where kept float."""
+        """The tensor rounded to the format, in its own dtype; as it is while off, observed, or where kept float."""
+        if not self.rounds:
+            if self.observer is not None:
+                self.observer.update(tensor)
+            return tensor
         number_format = self.number_format
-        if number_format.is_float:
-            return tensor
-        if self.observer is not None:
-            self.observer.update(tensor)
-            return tensor
         if number_format.kind == "literal":
             return literal_fake_quantize(
                 tensor, number_format.integer_bits, number_format.fraction_bits, number_format.signed
@@ -133,6 +147,8 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        if not any(prefix + key in state_dict for key in ("format_code", "log2_scale")):
+            return  # the state of a float network: formats and scales stay as they are, also under strict loading
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         code = state_dict.get(prefix + "format_code")
         if code is not None and tuple(code.shape) == (5,):

@@ -2,6 +2,16 @@
 
 from .fold import fold
 from .observe import Trace, observe
-from .quantize import dequantize, plan_of, quantize
+from .quantize import dequantize, plan_of, plan_of_state, quantize, quantized_layers, set_quantizers
 
-__all__ = ["Trace", "dequantize", "fold", "observe", "plan_of", "quantize"]
+__all__ = [
+    "Trace",
+    "dequantize",
+    "fold",
+    "observe",
+    "plan_of",
+    "plan_of_state",
+    "quantize",
+    "quantized_layers",
+    "set_quantizers",
+]

@@ -61,12 +61,15 @@ def fold_pairs(network: nn.Module) -> nn.Module:
     """``fold`` for quantized pairs only: float layers and their batch norms stay as they are.
 
     Raises:
-        ValueError: if a quantized activation is still being observed; nothing is folded then.
+        ValueError: if a quantized activation is still being observed, or quantizers are off; nothing is folded
+            then.
     """
     layers = {name: m for name, m in network.named_modules() if isinstance(m, QuantizedLayer)}
     for name, layer in layers.items():
         if layer.input_quantizer.observer is not None:
             raise ValueError(f"layer '{name}' is being calibrated: finish calibrate before fold")
+        if not (layer.input_quantizer.enabled and layer.weight_quantizer.enabled):
+            raise ValueError(f"layer '{name}' has its quantizers off: set_quantizers(network, True) first")
     network.eval()
     for layer in layers.values():
         if layer.paired_norm is not None:

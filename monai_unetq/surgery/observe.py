@@ -102,12 +102,18 @@ class Trace:
     operations: list[Operation] = field(default_factory=list)
     calls: list[LayerCall] = field(default_factory=list)
     norm_inputs: dict[str, list[int]] = field(default_factory=dict)
+    network_input: int = -1
     network_outputs: set[int] = field(default_factory=set)
     nonnegative: set[int] = field(default_factory=set)
 
     def layers(self) -> list[str]:
         """Names of the layers in the order they first ran."""
         return list(dict.fromkeys(call.layer for call in self.calls))
+
+    def image_layers(self) -> list[str]:
+        """Names of the layers that the network's input goes into as it is, in the order they first ran."""
+        found = (call.layer for call in self.calls if call.input == self.network_input)
+        return list(dict.fromkeys(found))
 
     def calls_of(self, layer: str) -> list[LayerCall]:
         """All calls of one layer."""
@@ -224,6 +230,7 @@ def observe(network: nn.Module, example: Tensor) -> Trace:
         hooks.append(module.register_forward_hook(leave, with_kwargs=True))
     try:
         with evaluating(network), torch.no_grad(), recorder:
+            trace.network_input = recorder.number(example)
             out = network(example)
             trace.network_outputs.update(
                 recorder.number(t) for t in tree_leaves(out) if isinstance(t, Tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,15 @@ from ..plan import WHOLE, LayerPlan, QuantPlan
 from ..quantizers import Quantizer
 from .observe import NORMS, Trace, example_for, observe, shares_weight
 
-__all__ = ["dequantize", "pair_norms", "plan_of", "quantize", "quantized_layers"]
+__all__ = [
+    "dequantize",
+    "pair_norms",
+    "plan_of",
+    "plan_of_state",
+    "quantize",
+    "quantized_layers",
+    "set_quantizers",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +142,19 @@ def quantized_layers(network: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: module for name, module in network.named_modules() if isinstance(module, QuantizedLayer)}
 
 
+def set_quantizers(network: nn.Module, enabled: bool) -> nn.Module:
+    """Switch every quantizer of the network on or off, in place; off, the network computes in float.
+
+    Nothing of it is state: formats, scales and keys stay, and a network that was loaded has its quantizers on.
+
+    Returns:
+        the network.
+    """
+    for layer in quantized_layers(network).values():
+        layer.input_quantizer.enabled = layer.weight_quantizer.enabled = enabled
+    return network
+
+
 def dequantize(network: nn.Module) -> nn.Module:
     """Take every quantizer out again, in place: the float network with the float weights it has now.
 
@@ -174,4 +196,39 @@ def plan_of(network: nn.Module) -> QuantPlan:
         if any(layer.weight_quantizer.channels for layer in layers.values())
         else "tensor",
         learned=any(q.learned for q in free),
+    )
+
+
+def plan_of_state(state: Mapping[str, Tensor]) -> QuantPlan | None:
+    """The plan that a quantized network's state dict carries; None for the state of a float network.
+
+    Whether scales were learned is no state; quantizers built from this plan keep them fixed.
+
+    Raises:
+        ValueError: if a quantizer's state is incomplete or holds no format; the message names the key.
+    """
+    suffix = ".weight_quantizer.format_code"
+    layers, flags, per_channel = {}, [], False
+    for name in (key.removesuffix(suffix) for key in state if key.endswith(suffix)):
+        formats = []
+        for quantizer in ("weight_quantizer", "input_quantizer"):
+            key = f"{name}.{quantizer}"
+            code, scale = (state.get(f"{key}.{entry}") for entry in ("format_code", "log2_scale"))
+            if code is None or scale is None or tuple(code.shape) != (5,):
+                raise ValueError(f"state: '{key}' is incomplete, expected format_code (5,) and log2_scale")
+            *number_format, power_of_two = code.tolist()
+            try:
+                formats.append(QFormat.from_code(number_format))
+            except ValueError as error:
+                raise ValueError(f"state: '{key}.format_code': {error}") from None
+            if formats[-1].has_free_scale:
+                flags.append(bool(power_of_two))
+            per_channel |= scale.dim() > 0
+        layers[name] = LayerPlan(formats[0], {WHOLE: formats[1]})
+    if not layers:
+        return None
+    return QuantPlan(
+        layers,
+        scale="power-of-two" if all(flags) else "free",
+        granularity="channel" if per_channel else "tensor",
     )

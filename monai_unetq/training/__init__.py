@@ -1,18 +1,33 @@
-"""Losses, calibration, the training loop for float and quantized networks, and prediction."""
+"""Losses, schedules, calibration, handlers, the training loop for float and quantized networks, and prediction."""
 
-from .calibration import calibrate, reestimate_norms
-from .losses import bce_dice_loss
-from .predict import predict, predict_logits
+from .calibration import calibrate, freeze_norms, reestimate_norms
+from .handlers import BestModel, Calibration, Checkpoint, EpochSeed, Pack, PlanLog, QuantizationStats
+from .losses import bce_dice_loss, soft_dice_loss
+from .predict import WholeSliceInferer, predict, predict_logits
+from .schedules import cosine, restart, step_decay
 from .train import History, Schedule, train, validation_score
 
 __all__ = [
+    "BestModel",
+    "Calibration",
+    "Checkpoint",
+    "EpochSeed",
     "History",
+    "Pack",
+    "PlanLog",
+    "QuantizationStats",
     "Schedule",
+    "WholeSliceInferer",
     "bce_dice_loss",
     "calibrate",
+    "cosine",
+    "freeze_norms",
     "predict",
     "predict_logits",
     "reestimate_norms",
+    "restart",
+    "soft_dice_loss",
+    "step_decay",
     "train",
     "validation_score",
 ]

@@ -1,4 +1,4 @@
-"""``calibrate``: find every scale that the formats leave open, from batches of training data."""
+"""``calibrate``: find every scale that the formats leave open, from batches of training data; batch norm statistics."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from ..layers import PairedNorm
 from ..quantizers import RangeMethod, RangeObserver
 from ..surgery.observe import evaluating, observe
 from ..surgery.quantize import quantized_layers
 from ..surgery.rescale import rescale
 
-__all__ = ["calibrate", "image_of", "reestimate_norms"]
+__all__ = ["calibrate", "freeze_norms", "image_of", "reestimate_norms"]
 
 
 def image_of(batch: Any) -> Tensor:
@@ -125,4 +126,28 @@ def reestimate_norms(network: nn.Module, batches: Iterable[Any]) -> nn.Module:
         raise ValueError(
             "reestimate_norms: no batch was given, expected at least one batch of training images"
         )
+    return network
+
+
+def freeze_norms(
+    network: nn.Module, epoch: int, epochs: int, share: float, start_epoch: int = 0
+) -> nn.Module:
+    """Freeze the paired batch norms in the last epochs of a quantized training, in place, or let them go on.
+
+    With frozen statistics the folded network itself is trained.
+
+    Args:
+        network: float or quantized; only a quantized one has paired batch norms.
+        epoch: the epoch that begins, from 1.
+        epochs: length of the whole training.
+        share: of the quantized epochs, after which the statistics stand still; 1 for never.
+        start_epoch: epochs in float at the beginning.
+
+    Returns:
+        the network.
+    """
+    frozen = epoch > start_epoch + share * (epochs - start_epoch)
+    for module in network.modules():
+        if isinstance(module, PairedNorm):
+            module.frozen = frozen
     return network

@@ -1,24 +1,28 @@
-"""Prediction of whole images of any size: pad to what the network needs, run, crop back."""
+"""Prediction of whole images of any size: pad to what the network needs, run, crop back; volumes slice by slice."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
+from monai.inferers import Inferer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["predict", "predict_logits"]
+__all__ = ["WholeSliceInferer", "predict", "predict_logits"]
 
 
 @torch.no_grad()
-def predict_logits(network: nn.Module, image: Tensor, divisor: int = 8) -> Tensor:
+def predict_logits(network: Callable[..., Tensor], image: Tensor, divisor: int = 8) -> Tensor:
     """Logits for an image whose sizes need not be divisible.
 
     The image is padded at its far ends by reflection (by repetition where it is too small to reflect) and the
     logits are cropped back.
 
     Args:
-        network: in whatever mode it is; evaluation is the caller's to set.
+        network: or any function of a tensor; evaluation mode is the caller's to set.
         image: (N, C, spatial…).
         divisor: what every spatial size must be divisible by.
 
@@ -61,3 +65,40 @@ def predict(network: nn.Module, image: np.ndarray, divisor: int = 8) -> np.ndarr
         network, torch.tensor(np.ascontiguousarray(image), dtype=torch.float32, device=device)[None], divisor
     )
     return (logits[0] > 0).to(torch.uint8).cpu().numpy()
+
+
+class WholeSliceInferer(Inferer):
+    """MONAI inferer that runs a 2D network on whole slices: of images as they are, of volumes one after another.
+
+    A slice goes through in one piece, so that nothing depends on where windows fall.
+
+    Args:
+        divisor: what height and width must be divisible by; slices are padded and cropped back.
+        slices: how many slices of a volume go through the network at once.
+    """
+
+    def __init__(self, divisor: int = 8, slices: int = 4) -> None:
+        super().__init__()
+        self.divisor = divisor
+        self.slices = slices
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Logits of images (N, C, H, W), or of volumes (N, C, H, W, slices); of the input's size.
+
+        Raises:
+            ValueError: for a tensor of another rank.
+        """
+
+        def run(image: Tensor) -> Tensor:
+            return network(image, *args, **kwargs)
+
+        if inputs.dim() == 4:
+            return predict_logits(run, inputs, self.divisor)
+        if inputs.dim() != 5:
+            raise ValueError(
+                f"found a tensor of shape {tuple(inputs.shape)}, expected (batch, channels, height, width) or "
+                "(batch, channels, height, width, slices)"
+            )
+        stack = inputs.movedim(-1, 1).flatten(0, 1)
+        logits = torch.cat([predict_logits(run, part, self.divisor) for part in stack.split(self.slices)])
+        return logits.unflatten(0, (inputs.shape[0], inputs.shape[-1])).movedim(1, -1)

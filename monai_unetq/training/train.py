@@ -32,7 +32,8 @@ from torch.utils.data import RandomSampler
 from tqdm import tqdm
 
 from ..datasets import Case
-from ..layers import PairedNorm
+from .calibration import freeze_norms
+from .handlers import EpochSeed
 from .losses import bce_dice_loss
 from .predict import predict
 
@@ -241,20 +242,13 @@ class _EpochHandlers:
     losses: list[float] = field(default_factory=list)
 
     def attach(self, trainer: SupervisedTrainer, bar: tqdm[Any]) -> None:
+        EpochSeed(self.schedule.seed, self.loader).attach(trainer)
         trainer.add_event_handler(Events.EPOCH_STARTED, self.start_epoch)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self.after_step, bar)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self.end_epoch, bar)
 
     def start_epoch(self, trainer: Engine) -> None:
-        # Everything random in an epoch follows from its number: that is what makes a resumed run the same run.
-        seed = self.schedule.seed * 1_000_003 + trainer.state.epoch
-        torch.manual_seed(seed)
-        self.loader.sampler.generator.manual_seed(seed)  # type: ignore[attr-defined]
-        self.loader.dataset.transform.set_random_state(seed % (1 << 32))  # type: ignore[attr-defined]
-        frozen = trainer.state.epoch > self.schedule.freeze_norms_at * self.schedule.epochs
-        for module in self.network.modules():
-            if isinstance(module, PairedNorm):
-                module.frozen = frozen
+        freeze_norms(self.network, trainer.state.epoch, self.schedule.epochs, self.schedule.freeze_norms_at)
         self.losses.clear()
 
     def after_step(self, trainer: Engine, bar: tqdm[Any]) -> None:

@@ -282,3 +282,20 @@ def test_an_example_is_found_from_the_first_convolution() -> None:
     assert example_for(Conv2dSame(3, 1, 1)).shape == (1, 3, 64, 64)
     with pytest.raises(ValueError, match=r"Linear has no convolution.*example="):
         example_for(nn.Linear(3, 3))
+
+
+def test_image_layers_are_those_that_the_input_goes_into_as_it_is() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Conv2d(4, 1, 1)
+            self.unit = nn.Conv2d(3, 4, 3, padding=1)
+            self.shortcut = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(self.unit(x) + self.shortcut(x))
+            return out
+
+    trace = observe(Residual(), IMAGE)
+    assert trace.image_layers() == ["unit", "shortcut"]
+    assert trace.layers()[-1] == "last"

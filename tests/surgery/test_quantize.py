@@ -15,7 +15,7 @@ from monai_unetq.formats import QFormat
 from monai_unetq.layers import PairedNorm, QuantizedLayer
 from monai_unetq.networks import FixedPointUNet
 from monai_unetq.plan import LayerPlan, QuantPlan
-from monai_unetq.surgery import dequantize, fold, plan_of, quantize
+from monai_unetq.surgery import dequantize, fold, plan_of, plan_of_state, quantize, set_quantizers
 from monai_unetq.surgery.quantize import quantized_layers
 
 IMAGE = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -409,3 +409,62 @@ def test_transposed_convolutions_take_an_output_size() -> None:
     network = Up()
     quantize(network, QuantPlan.uniform(network, "Q0.4", "Q6.0"), IMAGE)
     assert run(network).shape == (2, 2, 34, 34)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weights": "Q0.4", "activations": "Q6.0"},
+        {"weights": "int3", "activations": "int4", "scale": "free", "learned": True},
+        {"weights": "Q0.4:literal", "activations": "Q6.0"},
+    ],
+)
+def test_with_its_quantizers_off_a_network_computes_in_float(options: dict[str, Any], training: bool) -> None:
+    network = unet()
+    quantized = quantize(copy.deepcopy(network), QuantPlan.uniform(network, **options))
+    keys = set(quantized.state_dict())
+    expected = run(copy.deepcopy(network).train(training))
+    assert not torch.allclose(run(copy.deepcopy(quantized).train(training)), expected, rtol=1e-3)
+    set_quantizers(quantized, False)
+    torch.testing.assert_close(run(copy.deepcopy(quantized).train(training)), expected, rtol=1e-4, atol=1e-4)
+    assert set(quantized.state_dict()) == keys
+    with pytest.raises(ValueError, match="quantizers off"):
+        fold(quantized)
+    set_quantizers(quantized, True)
+    assert not torch.allclose(run(quantized.train(training)), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weights": "Q0.4", "activations": "Q6.0", "input": "UQ0.8", "last": "int8"},
+        {"weights": "int4", "activations": "int6", "scale": "free", "granularity": "tensor"},
+    ],
+)
+def test_a_state_dict_says_which_plan_its_network_has(options: dict[str, Any]) -> None:
+    network = unet()
+    assert plan_of_state(network.state_dict()) is None
+    quantize(network, QuantPlan.uniform(network, **options))
+    assert plan_of_state(network.state_dict()) == plan_of(network)
+
+
+def test_a_damaged_state_dict_is_refused_by_key() -> None:
+    network = unet()
+    quantize(network, QuantPlan.uniform(network, "int4", "int4"))
+    state = network.state_dict()
+    del state["last.weight_quantizer.log2_scale"]
+    with pytest.raises(ValueError, match=r"'last.weight_quantizer' is incomplete"):
+        plan_of_state(state)
+    state = network.state_dict()
+    state["last.input_quantizer.format_code"] = torch.full((5,), 99, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"'last.input_quantizer.format_code'"):
+        plan_of_state(state)
+
+
+def test_a_float_checkpoint_loads_strictly_into_the_quantized_network() -> None:
+    network, other = unet(), unet(seed=1)
+    quantize(network, QuantPlan.uniform(network, "Q0.4", "Q6.0"))
+    network.load_state_dict(other.state_dict())
+    expected = quantize(other, QuantPlan.uniform(other, "Q0.4", "Q6.0"))
+    assert torch.equal(run(network), run(expected))

@@ -11,11 +11,12 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor, nn
 
+from monai_unetq.layers import PairedNorm
 from monai_unetq.networks import FixedPointUNet
 from monai_unetq.plan import QuantPlan
 from monai_unetq.surgery import dequantize, quantize
 from monai_unetq.surgery.quantize import quantized_layers
-from monai_unetq.training import calibrate, reestimate_norms
+from monai_unetq.training import calibrate, freeze_norms, reestimate_norms
 from monai_unetq.training.calibration import image_of
 
 IMAGES = nn.functional.avg_pool2d(
@@ -236,3 +237,23 @@ def test_reestimating_fails_cleanly() -> None:
         reestimate_norms(network, [torch.zeros(1, 1, 9, 9)])
     assert not any(module.training for module in network.modules())
     assert {m.momentum for m in network.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
+
+
+def test_paired_norms_freeze_in_the_last_share_of_the_quantized_epochs() -> None:
+    network = quantized(weights="int4", activations="int6")
+    norms = [m for m in network.modules() if isinstance(m, PairedNorm)]
+
+    def frozen(*arguments: Any) -> list[bool]:
+        return [
+            freeze_norms(network, epoch, *arguments) is network and all(norm.frozen for norm in norms)
+            for epoch in range(1, 7)
+        ]
+
+    assert frozen(6, 0.5) == [False, False, False, True, True, True]
+    assert frozen(6, 0.7) == [False, False, False, False, True, True]  # after 4.2 epochs
+    assert frozen(6, 0.5, 2) == [False, False, False, False, True, True]
+    assert frozen(6, 1.0) == [False] * 6
+    assert not any(
+        module.training for module in freeze_norms(network, 6, 6, 0.0).train().modules() if module in norms
+    )
+    freeze_norms(unet(), 6, 6, 0.0)  # a float network has no pair

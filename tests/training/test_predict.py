@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from monai_unetq.networks import FixedPointUNet
 from monai_unetq.plan import QuantPlan
 from monai_unetq.surgery import quantize
-from monai_unetq.training import predict, predict_logits
+from monai_unetq.training import WholeSliceInferer, predict, predict_logits
 
 
 def unet(spatial_dims: int = 2, channels: int = 1) -> FixedPointUNet:
@@ -121,3 +121,20 @@ def test_wrong_channels_are_refused(takes: int, has: int, quantized: bool) -> No
 def test_a_slice_for_a_volume_network_is_refused() -> None:
     with pytest.raises(ValueError, match="depth, height, width"):
         predict(unet(spatial_dims=3), image(1, 16, 16).numpy())
+
+
+def test_the_inferer_takes_whole_slices_of_images_and_volumes() -> None:
+    network = unet()
+    volume = image(2, 1, 20, 13, 5)  # not divisible by 8, more slices than go through at once
+    with torch.no_grad():
+        logits = WholeSliceInferer(slices=3)(volume, network)
+        assert logits.shape == volume.shape
+        for index in range(5):
+            expected = predict_logits(network, volume[..., index])
+            torch.testing.assert_close(logits[..., index], expected)
+            torch.testing.assert_close(WholeSliceInferer()(volume[..., index], network), expected)
+
+
+def test_the_inferer_refuses_what_is_neither_image_nor_volume() -> None:
+    with pytest.raises(ValueError, match=r"shape \(1, 8, 8\), expected \(batch, channels, height, width\)"):
+        WholeSliceInferer()(image(1, 8, 8), unet())

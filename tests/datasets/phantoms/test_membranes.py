@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -108,3 +110,47 @@ def test_a_threshold_does_not_solve_it(stack: list[Case]) -> None:
 def test_refuses_small_arguments(arguments: tuple[int, ...], found: str) -> None:
     with pytest.raises(ValueError, match=f"{found}.*expected at least"):
         membrane_phantom(*arguments)
+
+
+def test_slices_have_no_spacing_and_no_group(stack: list[Case]) -> None:
+    assert {(case.spacing, case.group) for case in stack} == {((), "")}
+
+
+@pytest.fixture(scope="module")
+def stacks() -> list[Case]:
+    return membrane_phantom(2, 96, seed=3, dimensions=3)
+
+
+def test_form_of_stacks(stacks: list[Case]) -> None:
+    assert [case.name for case in stacks] == ["00", "01"]
+    for case in stacks:
+        assert case.image.shape == case.label.shape == (1, 16, 96, 96)
+        assert case.image.dtype == np.float32
+        assert case.label.dtype == np.uint8
+        assert case.image.min() >= 0.0
+        assert case.image.max() <= 1.0
+        assert case.spacing == (5e-5, 4e-6, 4e-6)
+        assert 0.21 < (case.label == 0).mean() < 0.23
+    assert iou(stacks[0].label == 0, stacks[1].label == 0) < 0.3
+
+
+def test_neighbouring_slices_of_a_stack_are_alike(stacks: list[Case]) -> None:
+    for case in stacks:
+        wall = case.label[0] == 0
+        near = np.mean([iou(one, other) for one, other in pairwise(wall)])
+        far = np.mean([iou(one, other) for one, other in zip(wall, wall[8:], strict=False)])
+        assert near > far + 0.05
+
+
+def test_the_first_stack_is_the_2d_phantom_of_as_many_slices(stacks: list[Case]) -> None:
+    slices = membrane_phantom(16, 96, seed=3)
+    np.testing.assert_array_equal(stacks[0].image[0], np.concatenate([case.image for case in slices]))
+
+
+def test_default_number_of_stacks() -> None:
+    assert len(membrane_phantom(size=32, dimensions=3)) == 4
+
+
+def test_refuses_other_dimensions() -> None:
+    with pytest.raises(ValueError, match=r"membrane_phantom: dimensions is 1, expected 2 .* or 3"):
+        membrane_phantom(2, 64, dimensions=1)

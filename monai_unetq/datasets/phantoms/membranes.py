@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage, spatial
 
-from .cases import Case
+from ..cases import Case
+from .arguments import check_arguments
+from .noise import Field, smooth_noise
 
 __all__ = ["membrane_phantom"]
-
-Field = npt.NDArray[np.float64]
 
 MEMBRANE_FRACTION = 0.22  # of all pixels of a stack, as in the ISBI 2012 EM slices
 SLICE_DISTANCE = 9.0  # px from slice to slice; ssTEM of 50 nm slices and 4 nm pixels has 12.5
 CELL_DIAMETER = 52.0  # px, mean distance of cell centres
+DEFAULT_SLICES = 24  # in 2D
+DEFAULT_STACKS = 4  # in 3D
+STACK_SLICES = 16  # of one case in 3D
+SPACING = (5e-5, 4e-6, 4e-6)  # mm, of ssTEM
 
 
-def membrane_phantom(count: int = 24, size: int = 192, seed: int = 0) -> list[Case]:
-    """Draw a stack of slices that look like serial-section electron microscopy of neurons.
+def membrane_phantom(
+    count: int | None = None, size: int = 192, seed: int = 0, dimensions: int = 2
+) -> list[Case]:
+    """Draw slices that look like serial-section electron microscopy of neurons.
 
     Cells are the regions of a power diagram (a Voronoi diagram with cells of unequal size) of random points
     in three dimensions, in coordinates that are bent by smooth noise and drift from slice to slice, so that
@@ -38,41 +43,54 @@ def membrane_phantom(count: int = 24, size: int = 192, seed: int = 0) -> list[Ca
     8 bits come last.
 
     Neighbouring slices are correlated: split them in blocks (:func:`~monai_unetq.datasets.block_split`).
-    The numbers come from one ``numpy.random.Generator`` (PCG64); the same arguments give the same stack,
+    The numbers come from one ``numpy.random.Generator`` (PCG64); the same arguments give the same cases,
     whatever the global random state.
 
     Args:
-        count: slices in the stack, at least 1.
+        count: in 2D, slices in the one stack, 24 by default; in 3D, stacks, 4 by default. At least 1.
         size: height and width in px, at least 32.
         seed: a number from 0.
+        dimensions: 2 for one case a slice, 3 for one case a stack of 16 slices.
 
     Returns:
-        ``count`` cases named ``"00"``, ``"01"``, …; image (1, size, size) float32, multiples of 1/255 in
-        [0, 1]; label (1, size, size) uint8, 1 = cell interior, 0 = membrane.
+        ``count`` cases named ``"00"``, ``"01"``, …; image (1, size, size) or (1, 16, size, size) float32,
+        multiples of 1/255 in [0, 1]; label of the same shape, uint8, 1 = cell interior, 0 = membrane. In 3D
+        the spacing is that of ssTEM, 50 nm between slices and 4 nm between pixels, in mm; in 2D it is left
+        empty, as it is for image files without one.
 
     Raises:
-        ValueError: count, size or seed is too small.
+        ValueError: count, size or seed is too small, or dimensions is neither 2 nor 3.
     """
-    for argument, value, least in (("count", count, 1), ("size", size, 32), ("seed", seed, 0)):
-        if value < least:
-            raise ValueError(f"membrane_phantom: {argument} is {value}, expected at least {least}")
+    if count is None:
+        count = DEFAULT_SLICES if dimensions == 2 else DEFAULT_STACKS
+    check_arguments("membrane_phantom", count, size, seed, dimensions, least_size=32)
     generator = np.random.default_rng(seed)
-    shape = (count, size, size)
+    if dimensions == 3:
+        stacks = [_stack((STACK_SLICES, size, size), generator) for _ in range(count)]
+        return [
+            Case(f"{index:02d}", image[np.newaxis], label[np.newaxis], spacing=SPACING)
+            for index, (image, label) in enumerate(stacks)
+        ]
+    image, label = _stack((count, size, size), generator)
+    return [
+        Case(f"{index:02d}", image[index, np.newaxis], label[index, np.newaxis]) for index in range(count)
+    ]
 
+
+def _stack(
+    shape: tuple[int, int, int], generator: np.random.Generator
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
+    """Image and label of one stack, in the given shape."""
     cell, distance, obliqueness, brightness = _tissue(shape, generator)
-    distance *= np.exp(-0.25 * _smooth_noise(shape, (2, 24, 24), generator))  # thick walls here, thin there
-    drawn = distance + 0.5 * _smooth_noise(shape, (1, 7, 7), generator)  # the annotator's hand, px
+    distance *= np.exp(-0.25 * smooth_noise(shape, (2, 24, 24), generator))  # thick walls here, thin there
+    drawn = distance + 0.5 * smooth_noise(shape, (1, 7, 7), generator)  # the annotator's hand, px
     half_width = float(np.quantile(drawn, MEMBRANE_FRACTION))
     label = drawn > half_width
 
     image = _cytoplasm(brightness, cell, generator)
     image -= _organelles(distance / half_width, generator)
     image -= _walls(distance / half_width, obliqueness, generator)
-    recorded = _microscope(image, generator)
-    return [
-        Case(f"{index:02d}", recorded[index, np.newaxis], label[index, np.newaxis].astype(np.uint8))
-        for index in range(count)
-    ]
+    return _microscope(image, generator), label.astype(np.uint8)
 
 
 def _tissue(
@@ -104,14 +122,14 @@ def _tissue(
     y = (
         y
         + drift[0]
-        + 7.0 * _smooth_noise(shape, (4, 34, 34), generator)
-        + 2.5 * _smooth_noise(shape, (2, 15, 15), generator)
+        + 7.0 * smooth_noise(shape, (4, 34, 34), generator)
+        + 2.5 * smooth_noise(shape, (2, 15, 15), generator)
     )
     x = (
         x
         + drift[1]
-        + 7.0 * _smooth_noise(shape, (4, 34, 34), generator)
-        + 2.5 * _smooth_noise(shape, (2, 15, 15), generator)
+        + 7.0 * smooth_noise(shape, (4, 34, 34), generator)
+        + 2.5 * smooth_noise(shape, (2, 15, 15), generator)
     )
 
     # The power distance |p - s|² - w is, up to a constant, a squared Euclidean distance in one more
@@ -137,7 +155,7 @@ def _cytoplasm(brightness: Field, cell: npt.NDArray[np.intp], generator: np.rand
     shape = (cell.shape[0], cell.shape[1], cell.shape[2])
     grain = generator.standard_normal(shape)
     grain = ndimage.gaussian_filter(grain, (0.0, 1.6, 1.6)) * (2.0 * math.sqrt(math.pi) * 1.6)
-    cloud = _smooth_noise(shape, (1.5, 12, 12), generator)
+    cloud = smooth_noise(shape, (1.5, 12, 12), generator)
     cytoplasm: Field = brightness[cell] + 0.06 * grain + 0.035 * cloud
     return cytoplasm
 
@@ -151,11 +169,11 @@ def _walls(depth: Field, obliqueness: Field, generator: np.random.Generator) -> 
         generator: source of the random contrast, displacement and smudges.
     """
     shape = (depth.shape[0], depth.shape[1], depth.shape[2])
-    contrast = 0.38 * np.clip(0.95 + 0.26 * _smooth_noise(shape, (1.5, 16, 16), generator), 0.15, 1.3)
-    jitter = 0.18 * _smooth_noise(shape, (1, 6, 6), generator)
+    contrast = 0.38 * np.clip(0.95 + 0.26 * smooth_noise(shape, (1.5, 16, 16), generator), 0.15, 1.3)
+    jitter = 0.18 * smooth_noise(shape, (1, 6, 6), generator)
     width = np.hypot(0.80, 0.30 * np.minimum(obliqueness, 3.0))
     line = contrast * np.sqrt(0.80 / width) * np.exp(-np.square((depth + jitter) / width))
-    smudge = np.maximum(_smooth_noise(shape, (1.5, 14, 14), generator) - 1.0, 0.0)
+    smudge = np.maximum(smooth_noise(shape, (1.5, 14, 14), generator) - 1.0, 0.0)
     return line + 0.24 * smudge * (0.35 + 0.65 * np.exp(-np.square(depth / 2.5)))
 
 
@@ -214,7 +232,7 @@ def _microscope(image: Field, generator: np.random.Generator) -> npt.NDArray[np.
     gain = (
         1.0
         + 0.07 * generator.standard_normal((count, 1, 1))
-        + 0.06 * _smooth_noise((count, size, size), (1, 90, 90), generator)
+        + 0.06 * smooth_noise((count, size, size), (1, 90, 90), generator)
     )
     image = ndimage.gaussian_filter(image * gain, (0.0, 0.6, 0.6))
     electrons = 30.0  # per pixel at full brightness
@@ -222,21 +240,3 @@ def _microscope(image: Field, generator: np.random.Generator) -> npt.NDArray[np.
     image = ndimage.gaussian_filter(image, (0.0, 0.62, 0.62))
     rounded: npt.NDArray[np.float32] = (np.rint(np.clip(image, 0.0, 1.0) * 255.0) / 255.0).astype(np.float32)
     return rounded
-
-
-def _smooth_noise(shape: tuple[int, ...], scale: Sequence[float], generator: np.random.Generator) -> Field:
-    """Gaussian noise of zero mean and unit variance, smooth over about ``scale`` pixels along each axis.
-
-    Normal numbers on a lattice of that spacing, joined by cubic B-splines.
-    """
-    lattice = [math.ceil(length / step) + 4 for length, step in zip(shape, scale, strict=True)]
-    field = generator.standard_normal(lattice)
-    for length, step in zip(shape, scale, strict=True):  # contracts the first axis, appends it at the end
-        positions = np.arange(length) / step + 1.5
-        offset = np.abs(positions[:, np.newaxis] - np.arange(field.shape[0])[np.newaxis, :])
-        spline = np.where(
-            offset < 1.0, 2.0 / 3.0 - offset**2 + offset**3 / 2.0, np.maximum(2.0 - offset, 0.0) ** 3 / 6.0
-        )
-        spline /= np.sqrt(np.square(spline).sum(axis=1, keepdims=True))
-        field = np.tensordot(field, spline, axes=(0, 1))
-    return field

@@ -1,0 +1,109 @@
+"""``unetq bundle``: where the MONAI bundles lie in a checkout or an installation, and how a copy is made."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_bundle_command", "copy_bundle"]
+
+_KINDS = ("em", "gm", "nih")
+
+_EXAMPLES = """\
+examples:
+  unetq bundle em --out em_unet
+  python -m monai.bundle run --config_file em_unet/configs/train.yaml --bundle_root em_unet --dataset_dir Dataset501_EM
+
+Running bundles needs: pip install monai-unetq[bundle]
+"""
+
+
+def add_bundle_command(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add ``bundle`` to the commands of ``unetq``.
+
+    Args:
+        commands: argparse's object for subcommands.
+        command: makes the parser of one, from commands, name, summary and examples.
+    """
+    bundle = command(
+        commands, "bundle", "copy a MONAI bundle: its configurations, metadata and documentation", _EXAMPLES
+    )
+    bundle.add_argument("kind", choices=_KINDS, help="EM membranes, spinal cord grey matter, NIH pancreas CT")
+    bundle.add_argument(
+        "--out", type=Path, metavar="DIR", help="the bundle's folder, new or empty (default: ./KIND_unet)"
+    )
+    bundle.set_defaults(run=_bundle, after_interrupt="; nothing was written")
+
+
+def copy_bundle(kind: str, out: Path) -> Path:
+    """Copy a bundle to a new folder.
+
+    Args:
+        kind: ``em``, ``gm`` or ``nih``.
+        out: a folder that does not exist, or is empty.
+
+    Returns:
+        the folder.
+
+    Raises:
+        FileExistsError: if the folder holds something, or is a file.
+        FileNotFoundError: if the installation lacks the bundle.
+    """
+    source = _installed(f"{kind}_unet")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out}: exists and is not an empty folder; give another --out, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = out.with_name(out.name + ".part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        for file in _files(source):
+            target = scratch / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+        os.replace(scratch, out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return out
+
+
+def _files(bundle: Path) -> list[Path]:
+    """What a bundle consists of; not what trainings left in its ``models`` folder."""
+    return [
+        bundle / "LICENSE",
+        *sorted((bundle / "configs").iterdir()),
+        *sorted((bundle / "docs").iterdir()),
+        bundle / "models" / ".gitignore",
+    ]
+
+
+def _installed(name: str) -> Path:
+    """The folder of a bundle: beside the package in a checkout, among the installation's shared files in a wheel."""
+    checkout = Path(__file__).resolve().parents[2] / "bundles" / name
+    if checkout.is_dir():
+        return checkout
+    try:
+        installed = files("monai-unetq") or []
+    except PackageNotFoundError:
+        installed = []
+    for file in installed:
+        if file.parts[-2:] == (name, "LICENSE"):
+            return Path(str(file.locate())).resolve().parent
+    raise FileNotFoundError(
+        f"bundle {name!r} is not part of this installation; install monai-unetq from its wheel again"
+    )
+
+
+def _bundle(options: argparse.Namespace) -> None:
+    out = copy_bundle(options.kind, options.out or Path(f"{options.kind}_unet"))
+    print(f"bundle: {out}")
+    print(f"documentation: {out / 'docs' / 'README.md'}")
+    print(
+        f"next: unetq data {options.kind} --phantom --out .   (or --source DIR), then\n"
+        f"  python -m monai.bundle run --config_file {out / 'configs' / 'train.yaml'} --bundle_root {out} "
+        "--dataset_dir DIR"
+    )
