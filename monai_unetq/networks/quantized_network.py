@@ -101,7 +101,7 @@ def QuantizedNetwork(  # noqa: N802 (a class to configurations)
     elif keep_float and plan is None:
         raise ValueError("QuantizedNetwork: 'keep_float' needs weights and activations")
     plan = carried if plan is None else plan
-    if plan is not None:
+    if plan is not None and plan.layers:
         quantize(network, plan, example)
     if tensors is not None and carried is not None:
         found = set(quantized_layers(network)) - set(carried)

@@ -28,7 +28,7 @@ from monai.bundle import (
 from PIL import Image
 
 from monai_unetq import inspect_packed
-from monai_unetq.datasets import data_list, prepare
+from monai_unetq.datasets import data_list, prepare, write_phantom
 from monai_unetq.datasets.phantoms import abdomen_phantom, cord_phantom, membrane_phantom
 from monai_unetq.networks import FixedPointUNet, QuantizedNetwork
 from tests.datasets.official import write_gm2016, write_isbi, write_tcia
@@ -355,3 +355,17 @@ def test_the_papers_protocol_measures_as_the_released_code_does(prepared: Prepar
     with (out / "eval" / "metrics.csv").open() as file:
         metrics = {row[0]: float(row[1]) for row in csv.reader(file)}
     assert metrics[{"em": "cell_dice", "gm": "grey_matter_dice", "nih": "pancreas_dice"}[prepared.kind]] == 0
+
+
+@pytest.mark.parametrize("kind", ["gm", "nih"])
+def test_a_volume_of_one_slice_stays_a_volume(kind: str, tmp_path: Path) -> None:
+    dataset = write_phantom(kind, tmp_path / "raw", dimensions=2, size=48, count=6)
+    bundle = Prepared(kind, dataset, tmp_path)
+    bundle.train(output_dir=str(tmp_path / "out"), epochs=1)
+    image = data_list(dataset, 0, "test")[0]["image"]
+    keys = bundle.keys(
+        model=str(tmp_path / "out" / "model.pt"), output_dir=str(tmp_path / "seg"), images=[image]
+    )
+    run(config_file=bundle.config("inference"), **keys)
+    (file,) = (tmp_path / "seg").iterdir()
+    assert nibabel.load(file).shape == nibabel.load(image).shape == (48, 48, 1)  # type: ignore[attr-defined]
