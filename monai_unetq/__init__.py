@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .surgery import dequantize, fold, observe, plan_of, quantize
     from .training import calibrate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "LayerPlan",

@@ -171,6 +171,22 @@ class QuantPlan:
         """The same plan with some layers' formats replaced or added."""
         return replace(self, layers={**self.layers, **changes})
 
+    def without(self, patterns: Sequence[str]) -> QuantPlan:
+        """The same plan, layers of these names or shell patterns left float.
+
+        Raises:
+            ValueError: if a pattern matches no layer of the plan.
+        """
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in self.layers):
+                raise ValueError(
+                    f"keep_float: {pattern!r} matches none of the layers {', '.join(self.layers)}"
+                )
+        kept = {
+            n: p for n, p in self.layers.items() if not any(fnmatchcase(n, pattern) for pattern in patterns)
+        }
+        return replace(self, layers=kept)
+
     def to_json(self) -> dict[str, Any]:
         """The plan as a JSON document."""
         return {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -57,9 +59,10 @@ def copy_bundle(kind: str, out: Path) -> Path:
     source = _installed(f"{kind}_unet")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out}: exists and is not an empty folder; give another --out, or remove it")
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(out.name + ".part")
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
+    scratch.chmod(0o755)
     try:
         for file in _files(source):
             target = scratch / file.relative_to(source)
@@ -75,24 +78,24 @@ def _files(bundle: Path) -> list[Path]:
     """What a bundle consists of; not what trainings left in its ``models`` folder."""
     return [
         bundle / "LICENSE",
-        *sorted((bundle / "configs").iterdir()),
-        *sorted((bundle / "docs").iterdir()),
+        *sorted(file for part in ("configs", "docs") for file in (bundle / part).iterdir() if file.is_file()),
         bundle / "models" / ".gitignore",
     ]
 
 
 def _installed(name: str) -> Path:
     """The folder of a bundle: beside the package in a checkout, among the installation's shared files in a wheel."""
-    checkout = Path(__file__).resolve().parents[2] / "bundles" / name
-    if checkout.is_dir():
-        return checkout
+    beside = Path(__file__).resolve().parents[2]
+    shared = Path("share") / "monai-unetq" / "bundles" / name
+    candidates = [beside / "bundles" / name, Path(sys.prefix) / shared, beside / shared]  # last: pip --target
     try:
-        installed = files("monai-unetq") or []
+        listed = files("monai-unetq") or []
     except PackageNotFoundError:
-        installed = []
-    for file in installed:
-        if file.parts[-2:] == (name, "LICENSE"):
-            return Path(str(file.locate())).resolve().parent
+        listed = []
+    candidates += [Path(str(f.locate())).parent for f in listed if f.parts[-2:] == (name, "LICENSE")]
+    for folder in candidates:
+        if (folder / "LICENSE").is_file():
+            return folder
     raise FileNotFoundError(
         f"bundle {name!r} is not part of this installation; install monai-unetq from its wheel again"
     )

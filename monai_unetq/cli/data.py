@@ -58,11 +58,17 @@ def _data(options: argparse.Namespace) -> None:
     splits = folds(dataset)
     first = splits[0]
     cases = len({name for split in splits for name in (*split.train, *split.validation, *split.test)})
+    if options.kind == "em" and options.dimensions == 3:
+        command = "nnUNetv2_plan_and_preprocess -d 501  (em_unet takes slices)"
+    else:
+        command = (
+            f"python -m monai.bundle run --config_file bundles/{options.kind}_unet/configs/train.yaml "
+            f"--dataset_dir {dataset}"
+        )
     print(
         f"data set  {dataset}\n"
         f"cases     {cases}\n"
         f"folds     {len(splits)}; fold 0: {len(first.train)} train, {len(first.validation)} validation, "
         f"{len(first.test)} test\n\n"
-        f"next: python -m monai.bundle run --config_file bundles/{options.kind}_unet/configs/train.yaml "
-        f"--dataset_dir {dataset}"
+        f"next: {command}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from .cases import Case, Split, block_split
 from .em import read_em
-from .layout import data_list, folds
+from .layout import data_list, folds, image_list
 from .phantoms import abdomen_phantom, cord_phantom, membrane_phantom
 from .prepare import prepare, write_phantom
 
@@ -17,6 +17,7 @@ __all__ = [
     "cord_phantom",
     "data_list",
     "folds",
+    "image_list",
     "membrane_phantom",
     "prepare",
     "read_em",

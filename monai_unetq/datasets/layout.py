@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,9 @@ __all__ = [
 DESCRIPTION = "dataset.json"
 FOLDS = "splits_final.json"
 Part = Literal["train", "validation", "test"]
+IMAGE_ENDINGS = (".png", ".nii.gz", ".nii")
+"""Files that the bundles take as images."""
+
 _PARTS = ("train", "validation", "test")
 _KEYS = {
     "train": "train",
@@ -118,6 +122,41 @@ def data_list(
                 )
         entries.append({"image": str(image), "label": str(label), "case": name, "group": groups[name]})
     return entries
+
+
+def image_list(images: str | Sequence[str]) -> list[dict[str, str]]:
+    """Images to run a network on, as MONAI's data sets take them.
+
+    Args:
+        images: files; or one string: a file, a folder (all its images), or a pattern such as ``scans/*.nii.gz``.
+
+    Returns:
+        one dictionary an image with the key ``image``, sorted where they were not listed.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or none that matches.
+        ValueError: if two images have the same file name, under which results are written.
+    """
+    if isinstance(images, str):
+        path = Path(images)
+        found = sorted(path.iterdir()) if path.is_dir() else [Path(name) for name in sorted(glob(images))]
+        files = [file for file in found if file.name.lower().endswith(IMAGE_ENDINGS)]
+        if not files:
+            raise FileNotFoundError(
+                f"{images}: no image there, expected a file, a folder or a pattern of {', '.join(IMAGE_ENDINGS)}"
+            )
+    else:
+        files = [Path(image) for image in images]
+    names: dict[str, Path] = {}
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such image")
+        if file.name in names:
+            raise ValueError(
+                f"{file} and {names[file.name]} have the same name, under which results are written; run them apart"
+            )
+        names[file.name] = file
+    return [{"image": str(file)} for file in files]
 
 
 def _description(dataset: Path) -> Mapping[str, Any]:

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..deploy import unpack
-from ..plan import QuantPlan
-from ..surgery import observe, plan_of_state, quantize, quantized_layers
+from ..plan import FLOAT_LAYER, QuantPlan
+from ..surgery import observe, plan_of, plan_of_state, quantize, quantized_layers
 from ..surgery.observe import example_for
 
 __all__ = ["QuantizedNetwork", "state_file"]
@@ -25,10 +25,10 @@ def QuantizedNetwork(  # noqa: N802 (a class to configurations)
     input: str | None = None,
     first: str | None = None,
     last: str | None = None,
-    keep_float: Sequence[str] = (),
+    keep_float: str | Sequence[str] = (),
     plan: str | Path | QuantPlan | None = None,
-    scale: Literal["power-of-two", "free"] = "power-of-two",
-    granularity: Literal["channel", "tensor"] = "channel",
+    scale: Literal["power-of-two", "free"] | None = None,
+    granularity: Literal["channel", "tensor"] | None = None,
     learned: bool = False,
     state: str | Path | None = None,
     example_shape: Sequence[int] | None = None,
@@ -49,9 +49,9 @@ def QuantizedNetwork(  # noqa: N802 (a class to configurations)
         last: weight format of the layer that runs last, likewise.
         keep_float: names or shell patterns of layers that stay float.
         plan: a plan, or the file of one.
-        scale: see ``QuantPlan``.
-        granularity: see ``QuantPlan``.
-        learned: see ``QuantPlan``.
+        scale: see ``QuantPlan``; ``"power-of-two"`` by default. A plan says it itself.
+        granularity: see ``QuantPlan``; ``"channel"`` by default. A plan says it itself.
+        learned: see ``QuantPlan``. A plan says it itself.
         state: file of trained weights: a state dict (``model.pt``) of the float network, which is then quantized
             as asked, or of a quantized one, whose formats and scales come with it; or a packed file
             (``model.unetq``), which says everything itself.
@@ -75,12 +75,21 @@ def QuantizedNetwork(  # noqa: N802 (a class to configurations)
         )
     if plan is not None and weights is not None:
         raise ValueError("QuantizedNetwork: 'plan' and 'weights' are both given, expected one of them")
-    for key, value in (("input", input), ("first", first), ("last", last)):
+    options = {"input": input, "first": first, "last": last, "scale": scale, "granularity": granularity}
+    for key, value in (*options.items(), ("learned", learned or None)):
         if value is not None and weights is None:
             raise ValueError(
                 f"QuantizedNetwork: {key!r} needs weights and activations; a plan names it itself"
             )
+    patterns = [keep_float] if isinstance(keep_float, str) else list(keep_float)
+    if patterns and plan is None and weights is None:
+        raise ValueError("QuantizedNetwork: 'keep_float' needs weights and activations, or a plan")
+    asked = plan is not None or weights is not None
     if state is not None and _is_packed(Path(state)):
+        if asked:
+            raise ValueError(
+                f"{state} is packed and says its formats itself; give formats with a float model.pt, or none"
+            )
         return unpack(state, network)
     tensors = None if state is None else _read_state(Path(state))
     carried = None if tensors is None else plan_of_state(tensors)
@@ -92,23 +101,21 @@ def QuantizedNetwork(  # noqa: N802 (a class to configurations)
         _load(network, tensors, str(state))
     if isinstance(plan, (str, Path)):
         plan = QuantPlan.load(plan)
+    if plan is not None:
+        plan = plan.without(patterns)
     elif weights is not None and activations is not None:
         trace = observe(network, example_for(network) if example is None else example)
         plan = QuantPlan.uniform(
-            network, weights, activations, input, first, last, keep_float, scale, granularity, learned,
-            image_layers=trace.image_layers(), last_layer=trace.layers()[-1],
+            network, weights, activations, input, first, last, patterns, scale or "power-of-two",
+            granularity or "channel", learned, image_layers=trace.image_layers(), last_layer=trace.layers()[-1],
         )  # fmt: skip
-    elif keep_float and plan is None:
-        raise ValueError("QuantizedNetwork: 'keep_float' needs weights and activations")
-    plan = carried if plan is None else plan
+    else:
+        plan = carried
     if plan is not None and plan.layers:
         quantize(network, plan, example)
     if tensors is not None and carried is not None:
-        found = set(quantized_layers(network)) - set(carried)
-        if found:
-            raise ValueError(
-                f"{state}: layer '{min(found)}' is float there, quantized here; ask for the same layers"
-            )
+        if asked:
+            _check_formats(network, carried, str(state))
         _load(network, tensors, str(state))
     return network
 
@@ -132,6 +139,18 @@ def _is_packed(path: Path) -> bool:
             return True
     except (SafetensorError, OSError, ValueError, RuntimeError):
         return False
+
+
+def _check_formats(network: nn.Module, carried: QuantPlan, path: str) -> None:
+    """Raise unless a quantized file has the formats that were asked for: they would silently be replaced by its own."""
+    found = plan_of(network).layers if quantized_layers(network) else {}
+    for name in sorted(set(found) | set(carried.layers)):
+        there, here = carried[name], found.get(name, FLOAT_LAYER)
+        if (there.weight, there.inputs) != (here.weight, here.inputs):
+            raise ValueError(
+                f"{path}: layer '{name}' is {there.weight}/{there.input} there, {here.weight}/{here.input} was "
+                "asked for; ask for the same formats, for none, or begin with float weights"
+            )
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

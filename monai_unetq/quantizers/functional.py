@@ -22,7 +22,7 @@ _PIECE = 1 << 17
 
 def _recorded() -> bool:
     """Whether the operations are being recorded, to run again on tensors of other sizes: no pieces then."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-any-return]
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def along_axis(scale: Tensor, tensor: Tensor, axis: int | None) -> Tensor:

@@ -16,6 +16,7 @@ from .measures import (
 )
 from .quantize import QuantizeIntensity, QuantizeIntensityD, QuantizeIntensityd, QuantizeIntensityDict
 from .targets import SkipTargets, SkipTargetsD, SkipTargetsd, SkipTargetsDict
+from .volume_writer import VolumeWriter
 
 __all__ = [
     "BoundaryWeight",
@@ -38,4 +39,5 @@ __all__ = [
     "SkipTargetsD",
     "SkipTargetsDict",
     "SkipTargetsd",
+    "VolumeWriter",
 ]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import nibabel
 import numpy as np
@@ -35,7 +35,8 @@ from tests.datasets.official import write_gm2016, write_isbi, write_tcia
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT.parent / "shared" / "schema" / "meta_schema_20240725.json"
-KINDS = ("em", "gm", "nih")
+Kind = Literal["em", "gm", "nih"]
+KINDS = get_args(Kind)
 SMALL: dict[str, Any] = {"width": 2, "steps_per_epoch": 2, "batch_size": 2, "patch_size": [32, 32]}
 
 
@@ -43,7 +44,7 @@ SMALL: dict[str, Any] = {"width": 2, "steps_per_epoch": 2, "batch_size": 2, "pat
 class Prepared:
     """A bundle, its phantom in the common layout, and where its trainings go."""
 
-    kind: str
+    kind: Kind
     dataset: Path
     work: Path
 
@@ -83,7 +84,7 @@ def command_line(program: list[str], config: str, keys: dict[str, Any], cwd: Pat
     return done.stdout + done.stderr
 
 
-def official(kind: str, folder: Path) -> None:
+def official(kind: Kind, folder: Path) -> None:
     """A phantom as the data set's own download would be."""
     if kind == "em":
         cases = membrane_phantom(count=6, size=48)
@@ -358,7 +359,7 @@ def test_the_papers_protocol_measures_as_the_released_code_does(prepared: Prepar
 
 
 @pytest.mark.parametrize("kind", ["gm", "nih"])
-def test_a_volume_of_one_slice_stays_a_volume(kind: str, tmp_path: Path) -> None:
+def test_a_volume_of_one_slice_stays_a_volume(kind: Kind, tmp_path: Path) -> None:
     dataset = write_phantom(kind, tmp_path / "raw", dimensions=2, size=48, count=6)
     bundle = Prepared(kind, dataset, tmp_path)
     bundle.train(output_dir=str(tmp_path / "out"), epochs=1)
@@ -369,3 +370,42 @@ def test_a_volume_of_one_slice_stays_a_volume(kind: str, tmp_path: Path) -> None
     run(config_file=bundle.config("inference"), **keys)
     (file,) = (tmp_path / "seg").iterdir()
     assert nibabel.load(file).shape == nibabel.load(image).shape == (48, 48, 1)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("prepared", ["em"], indirect=True)
+def test_resuming_with_other_formats_or_another_float_phase_is_refused(prepared: Prepared) -> None:
+    out = str(prepared.work / "trap")
+    prepared.train("fixed_point", output_dir=out, epochs=2, float_epochs=1)
+    for other in ({"weights": "Q2.2", "float_epochs": 1}, {"float_epochs": 2}):
+        with pytest.raises(RuntimeError) as caught:
+            prepared.train("fixed_point", output_dir=out, epochs=3, resume="true", **other)
+        chain = repr(caught.value) + repr(caught.value.__cause__) + repr(caught.value.__context__)
+        assert "trained with other formats" in chain or "begins to round after epoch 1" in chain
+
+
+@pytest.mark.parametrize("prepared", ["em"], indirect=True)
+def test_words_of_the_command_line_are_understood(prepared: Prepared, float_run: Path) -> None:
+    out = prepared.work / "words"
+    common = {"output_dir": str(out), "epochs": 1, "resume": "false", "amp": "false", "learned": "true"}
+    formats = {"weights": "int4", "activations": "int6", "keep_float": "last"}
+    prepared.train(
+        "fixed_point", float_model=str(float_run / "model.pt"), val_interval=5, **common, **formats
+    )
+    held = inspect_packed(out / "model.unetq")  # validated although the interval is longer than the training
+    assert held["plan"]["learned"] is True
+    assert "last" not in held["plan"]["layers"]
+    again = prepared.work / "again"
+    prepared.train(
+        "fixed_point", output_dir=str(again), epochs=1, float_epochs=0, plan=str(out / "plan.json")
+    )
+    assert inspect_packed(again / "model.unetq")["plan"] == held["plan"]
+
+
+@pytest.mark.parametrize("prepared", ["em"], indirect=True)
+def test_a_new_model_does_not_keep_the_packed_file_of_the_old(prepared: Prepared) -> None:
+    out = prepared.work / "stale"
+    prepared.train("fixed_point", output_dir=str(out), epochs=1, float_epochs=0)
+    assert (out / "model.unetq").exists()
+    prepared.train(output_dir=str(out), epochs=1)
+    assert (out / "model.pt").exists()
+    assert not (out / "model.unetq").exists() and not (out / "plan.json").exists()

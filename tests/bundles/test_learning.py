@@ -11,7 +11,7 @@ import pytest
 from monai.bundle import run
 
 from monai_unetq.datasets import data_list, write_phantom
-from tests.bundles.test_bundles import ROOT, read
+from tests.bundles.test_bundles import ROOT, Kind, read
 
 # Epochs of 20 steps in float, then with rounding; width 8, crops of 64 pixels, about a minute each on one core.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -33,10 +33,15 @@ def constant_dice(kind: str, cases: list[dict[str, str]]) -> float:
 
 
 @pytest.mark.parametrize("kind", ["em", "gm", "nih"])
-def test_float_and_fixed_point_beat_every_constant_answer_by_ten(kind: str, tmp_path: Path) -> None:
+def test_float_and_fixed_point_beat_every_constant_answer_by_ten(kind: Kind, tmp_path: Path) -> None:
     bundle = ROOT / "bundles" / f"{kind}_unet"
     dataset = write_phantom(kind, tmp_path / "raw", size=96)
-    common = {"bundle_root": str(bundle), "dataset_dir": str(dataset), "device": "cpu", "width": 8}
+    common: dict[str, Any] = {
+        "bundle_root": str(bundle),
+        "dataset_dir": str(dataset),
+        "device": "cpu",
+        "width": 8,
+    }
     training = {**common, "patch_size": [64, 64], "steps_per_epoch": 20, "val_interval": 2, **SETTINGS[kind]}
     configs = bundle / "configs"
     run(config_file=str(configs / "train.yaml"), output_dir=str(tmp_path / "float"), **training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -49,8 +50,15 @@ def test_a_folder_that_holds_something_is_not_touched(
 
 
 def test_the_wheel_holds_the_bundles_and_its_command_finds_them(tmp_path: Path) -> None:
+    source = tmp_path / "source"  # setuptools builds in the folder that it is given
+    ignored = shutil.ignore_patterns(
+        ".*", "__pycache__", "*.egg-info", "build", "*.pt", "*.unetq", "tensorboard"
+    )
+    shutil.copytree(ROOT, source, ignore=ignored)
+    for kind in ("em", "gm", "nih"):
+        shutil.copy(ROOT / f"bundles/{kind}_unet/models/.gitignore", source / f"bundles/{kind}_unet/models")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(ROOT)], check=True, timeout=300)
+    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(source)], check=True, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         held = {name.partition("/bundles/")[2] for name in archive.namelist() if "/bundles/" in name}
@@ -76,3 +84,12 @@ def names_in_git(kind: str) -> set[str]:
     """What a bundle holds, without what trainings left in it."""
     bundle = ROOT / "bundles" / f"{kind}_unet"
     return {name for name in names(bundle) if not name.startswith("models/")} | {"models/.gitignore"}
+
+
+def test_the_working_directory_may_be_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert main(["bundle", "em", "--out", "."]) == 0
+    assert (folder / "configs" / "train.yaml").is_file()
+    assert list(tmp_path.iterdir()) == [folder]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from monai_unetq.datasets import Split, data_list, folds, write_phantom
+from monai_unetq.datasets import Split, data_list, folds, image_list, write_phantom
 
 FOLDS = "splits_final.json"
 
@@ -133,3 +133,26 @@ def test_bad_descriptions_are_refused(dataset: Path, text: str, message: str) ->
     (dataset / "dataset.json").write_text(text)
     with pytest.raises(ValueError, match=rf"dataset.json: {message}"):
         data_list(dataset)
+
+
+def test_images_are_a_file_a_folder_a_pattern_or_a_list(tmp_path: Path) -> None:
+    for name in ("b.png", "a.png", "c.nii.gz", "notes.txt"):
+        (tmp_path / name).touch()
+    names = ["a.png", "b.png", "c.nii.gz"]
+    assert image_list(str(tmp_path)) == [{"image": str(tmp_path / name)} for name in names]
+    assert image_list(f"{tmp_path}/*.png") == [{"image": str(tmp_path / name)} for name in names[:2]]
+    assert image_list(str(tmp_path / "b.png")) == [{"image": str(tmp_path / "b.png")}]
+    listed = [str(tmp_path / name) for name in ("b.png", "a.png")]
+    assert image_list(listed) == [{"image": name} for name in listed]
+
+
+def test_images_that_are_missing_or_share_a_name_are_refused(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "t2.nii.gz").touch()
+    with pytest.raises(ValueError, match="have the same name, under which results are written"):
+        image_list(f"{tmp_path}/*/t2.nii.gz")
+    with pytest.raises(FileNotFoundError, match=r"\*\.png: no image there"):
+        image_list(f"{tmp_path}/*.png")
+    with pytest.raises(FileNotFoundError, match=r"none\.png: no such image"):
+        image_list([str(tmp_path / "none.png")])

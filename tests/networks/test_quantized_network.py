@@ -186,3 +186,26 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"wide\.pt does not fit this FixedPointUNet: (.|\n)*size mismatch"):
         QuantizedNetwork(small(), state=tmp_path / "wide.pt")
     assert state_file(tmp_path / "wide.pt") == tmp_path / "wide.pt"
+
+
+def test_formats_that_a_quantized_file_would_replace_are_refused(tmp_path: Path) -> None:
+    formats = {"weights": "Q0.4", "activations": "Q6.0"}
+    trained = QuantizedNetwork(small(), **formats)
+    torch.save(trained.state_dict(), tmp_path / "model.pt")
+    QuantizedNetwork(small(), **formats, state=tmp_path / "model.pt")
+    for other in ({"weights": "Q2.2"}, {"activations": "Q4.4"}, {"keep_float": ["last"]}):
+        with pytest.raises(ValueError, match=r"model\.pt: layer '.*' is .* there, .* was asked for"):
+            QuantizedNetwork(small(), **{**formats, **other}, state=tmp_path / "model.pt")
+    pack(trained, tmp_path / "model.unetq")
+    with pytest.raises(ValueError, match=r"model\.unetq is packed and says its formats itself"):
+        QuantizedNetwork(small(), **formats, state=tmp_path / "model.unetq")
+
+
+def test_layers_of_a_plan_stay_float_by_pattern_too() -> None:
+    plan = QuantPlan.uniform(small(), "int8", "int8")
+    made = QuantizedNetwork(small(), plan=plan, keep_float="decoder.*")
+    assert all(name.startswith(("encoder", "last")) for name in quantized_layers(made))
+    with pytest.raises(ValueError, match="'nosuch' matches none of the layers"):
+        QuantizedNetwork(small(), plan=plan, keep_float=["nosuch"])
+    with pytest.raises(ValueError, match="'learned' needs weights and activations; a plan names it itself"):
+        QuantizedNetwork(small(), plan=plan, learned=True)

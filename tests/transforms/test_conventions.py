@@ -27,7 +27,7 @@ DICTIONARY: dict[str, Callable[..., MapTransform]] = {
     "edge": lambda **kw: transforms.EdgeStrengthd("image", **kw),
     "bands": lambda **kw: transforms.FrequencyBandsd("image", **kw),
 }
-NAMES = [name for name in transforms.__all__ if not name.endswith(("d", "D", "Dict"))]
+NAMES = [name for name in transforms.__all__ if not name.endswith(("d", "D", "Dict", "Writer"))]
 YAML = re.findall(
     r"```yaml\n(.*?)```",
     (Path(__file__).parents[2] / "docs" / "transforms.md").read_text(encoding="utf-8"),

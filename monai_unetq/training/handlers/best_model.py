@@ -101,6 +101,8 @@ class BestModel:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
         path = self.output_dir / "model.pt"
+        for packed in ("model.unetq", "plan.json"):  # of the model that is replaced
+            (self.output_dir / packed).unlink(missing_ok=True)
         scratch = path.with_name(path.name + ".part")
         try:
             torch.save(self.weights, scratch)
@@ -129,10 +131,15 @@ class Pack:
     def __call__(self, engine: Engine) -> None:
         """Pack the best model so far."""
         network = unwrapped(self.best.network)
-        if rank() or not quantized_layers(network):
+        if rank():
             return
         if self.best.score is None:
-            engine.logger.warning("nothing is packed: no validation of the quantized network was completed")
+            kind = "quantized network" if quantized_layers(network) else "network"
+            engine.logger.warning(
+                f"no validation of the {kind} was completed, so there is no best model: validate more often"
+            )
+            return
+        if not quantized_layers(network):
             return
         best = copy.deepcopy(network).cpu()
         best.load_state_dict(self.best.weights)

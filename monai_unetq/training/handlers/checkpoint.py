@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from monai.handlers import CheckpointLoader
+from torch import nn
 
+from ...surgery import plan_of_state
 from .processes import rank, unwrapped
 
 __all__ = ["Checkpoint", "save_checkpoint"]
@@ -39,6 +41,7 @@ class Checkpoint:
 
         Raises:
             FileNotFoundError: if there is nothing to resume from.
+            ValueError: if the checkpoint's network has other formats: they would silently replace those asked for.
         """
         objects = {**self.objects, "trainer": engine}
         if self.resume:
@@ -46,9 +49,20 @@ class Checkpoint:
                 raise FileNotFoundError(
                     f"{self.path}: no checkpoint to resume from; train without resume first"
                 )
+            self._check_formats()
             CheckpointLoader(str(self.path), objects, map_location="cpu").attach(engine)  # type: ignore[arg-type]
         if rank() == 0:
             engine.add_event_handler(Events.STARTED, self._save_from_now_on)
+
+    def _check_formats(self) -> None:
+        document = torch.load(self.path, map_location="cpu", weights_only=True)
+        for name, thing in self.objects.items():
+            if isinstance(thing, nn.Module) and name in document:
+                there, here = (plan_of_state(state) for state in (document[name], thing.state_dict()))
+                if (there and there.layers) != (here and here.layers):
+                    raise ValueError(
+                        f"{self.path}: '{name}' was trained with other formats; resume with the same, or train anew"
+                    )
 
     def _save_from_now_on(self, engine: Engine) -> None:
         # Attached when all other handlers are, to run after them: what they change at an epoch's end (learning

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
@@ -93,6 +93,22 @@ class Calibration:
         self.start_epoch = start_epoch
         self.method: RangeMethod = method
         self.freeze_norms_at = freeze_norms_at
+
+    def state_dict(self) -> dict[str, int]:
+        """For a checkpoint: when rounding begins, which a training that is resumed has to keep."""
+        return {"start_epoch": self.start_epoch}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """From a checkpoint.
+
+        Raises:
+            ValueError: if the checkpoint's training began to round at another epoch.
+        """
+        if state["start_epoch"] != self.start_epoch:
+            raise ValueError(
+                f"Calibration: the checkpoint's training begins to round after epoch {state['start_epoch']}, this one "
+                f"after {self.start_epoch}; resume with the same float_epochs"
+            )
 
     def attach(self, engine: Engine) -> None:
         """Act from now on at the engine's start and at the start of its epochs; the engine is a trainer."""
