@@ -28,11 +28,8 @@ DICTIONARY: dict[str, Callable[..., MapTransform]] = {
     "bands": lambda **kw: transforms.FrequencyBandsd("image", **kw),
 }
 NAMES = [name for name in transforms.__all__ if not name.endswith(("d", "D", "Dict", "Writer"))]
-YAML = re.findall(
-    r"```yaml\n(.*?)```",
-    (Path(__file__).parents[2] / "docs" / "transforms.md").read_text(encoding="utf-8"),
-    re.DOTALL,
-)
+PAGE = (Path(__file__).parents[2] / "docs" / "transforms.md").read_text(encoding="utf-8")
+YAML = [text for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL) if "_target_: monai_unetq" in text]
 
 
 def case(seed: int = 0, shape: tuple[int, ...] = (9, 12, 7)) -> dict[Hashable, Any]:
