@@ -189,11 +189,12 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_formats_that_a_quantized_file_would_replace_are_refused(tmp_path: Path) -> None:
-    formats = {"weights": "Q0.4", "activations": "Q6.0"}
+    formats: dict[str, Any] = {"weights": "Q0.4", "activations": "Q6.0"}
+    others: list[dict[str, Any]] = [{"weights": "Q2.2"}, {"activations": "Q4.4"}, {"keep_float": ["last"]}]
     trained = QuantizedNetwork(small(), **formats)
     torch.save(trained.state_dict(), tmp_path / "model.pt")
     QuantizedNetwork(small(), **formats, state=tmp_path / "model.pt")
-    for other in ({"weights": "Q2.2"}, {"activations": "Q4.4"}, {"keep_float": ["last"]}):
+    for other in others:
         with pytest.raises(ValueError, match=r"model\.pt: layer '.*' is .* there, .* was asked for"):
             QuantizedNetwork(small(), **{**formats, **other}, state=tmp_path / "model.pt")
     pack(trained, tmp_path / "model.unetq")
