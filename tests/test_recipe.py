@@ -148,7 +148,12 @@ def test_the_command_can_be_interrupted_and_goes_on(stack: Path, tmp_path: Path)
     out, undisturbed = tmp_path / "interrupted", tmp_path / "undisturbed"
     checkpoint = out / "stages" / "float" / "checkpoint.pt"
     process = subprocess.Popen(
-        _command(stack, out, steps), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        _command(stack, out, steps),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores Ctrl-C, and so do its children: tests may run there.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
