@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +33,7 @@ from tqdm import tqdm
 from ..datasets import Case
 from .calibration import freeze_norms
 from .handlers import EpochSeed
+from .handlers.checkpoint import save_checkpoint
 from .losses import bce_dice_loss
 from .predict import predict
 
@@ -269,15 +269,7 @@ class _EpochHandlers:
             self.history.best = score
             self.history.best_state = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
         if self.checkpoint is not None:
-            _save(self.checkpoint, self.state, self.schedule)
-
-
-def _save(path: Path, objects: Mapping[str, Any], schedule: Schedule) -> None:
-    document = {name: thing.state_dict() for name, thing in objects.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".part")
-    torch.save({**document, "schedule": vars(schedule)}, scratch)
-    os.replace(scratch, path)
+            save_checkpoint(self.checkpoint, self.state, schedule=vars(self.schedule))
 
 
 def _restore(path: Path, objects: Mapping[str, Any], schedule: Schedule) -> None:
