@@ -16,21 +16,18 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import SimpleITK
 import torch
 from monai.bundle import run
-from PIL import Image
 
 from monai_unetq.datasets import data_list
 from monai_unetq.deploy import inspect_packed
 from monai_unetq.metrics import summarize
 from monai_unetq.recipe import versions, write_json
+from monai_unetq.reproduction import Kind, score
 
 BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
 FLOAT, LONGER = "float", "float, trained on"
@@ -95,7 +92,7 @@ def main() -> None:
 
 
 def run_fold(
-    kind: str, dataset: Path, fold: int, settings: Settings, study: Path, device: str, seed: int
+    kind: Kind, dataset: Path, fold: int, settings: Settings, study: Path, device: str, seed: int
 ) -> None:
     """Train and measure every row of one fold that has no results yet."""
     base = study / f"fold{fold}"
@@ -151,39 +148,6 @@ def run_fold(
         scores["weight_bytes"] = inspect_packed(packed)["weight_bytes"] if packed.exists() else None
         write_json(folder / "scores.json", scores)
         print(f"{kind} fold {fold}: {row}: {summarize(scores['dice']).mean:.2f}", flush=True)
-
-
-def score(kind: str, cases: Sequence[dict[str, str]], predictions: Path) -> dict[str, Any]:
-    """Dice in percent of each unit (EM: slice; GM: person; NIH: patient), its cases' voxels pooled.
-
-    For EM also the Dice of the membranes, the thin class.
-    """
-    counts: dict[str, np.ndarray] = {}
-    for case in cases:
-        unit = case["case"] if kind == "em" else case["group"]
-        name = Path(case["image"]).name
-        ending = ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
-        predicted = read_mask(predictions / f"{name.removesuffix(ending)}_seg{ending}")
-        label = read_mask(Path(case["label"]))
-        if predicted.shape != label.shape:
-            raise ValueError(
-                f"{case['case']}: prediction {predicted.shape}, label {label.shape}: expected the same"
-            )
-        overlap = [(predicted & label).sum(), (~predicted & ~label).sum()]
-        sizes = [predicted.sum() + label.sum(), (~predicted).sum() + (~label).sum()]
-        counts[unit] = counts.get(unit, np.zeros((2, 2))) + np.array([overlap, sizes], dtype=float)
-    found: dict[str, Any] = {"dice": {u: 200 * c[0, 0] / c[1, 0] for u, c in counts.items()}}
-    if kind == "em":
-        found["membrane_dice"] = {u: 200 * c[0, 1] / c[1, 1] for u, c in counts.items()}
-    return found
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """A label or prediction as bool, in the order that its reader gives."""
-    if path.suffix == ".png":
-        with Image.open(path) as image:
-            return np.asarray(image) > 0
-    return np.asarray(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))) > 0
 
 
 def write_table(kind: str, preset: str, settings: Settings, study: Path) -> None:

@@ -1,4 +1,4 @@
-"""Number formats as values: ``QFormat`` parses, prints and describes Q(i.f), intN, ternary, binary and float.
+"""Number formats as values: ``QFormat`` parses, prints and describes Q(i.f), intN, ternary, binary, pow2 and float.
 
 Light by design: no torch, no numpy, so that ``runtime/`` and the command line can use it anywhere.
 """
@@ -12,7 +12,7 @@ from typing import Literal
 
 __all__ = ["Kind", "QFormat"]
 
-Kind = Literal["fixed", "literal", "int", "ternary", "binary", "float"]
+Kind = Literal["fixed", "literal", "int", "ternary", "binary", "float", "pow2"]
 
 MAX_BITS = 24
 """Widest format: its codes are exact in float32, which fake quantization computes in."""
@@ -20,11 +20,20 @@ MAX_BITS = 24
 ACCEPTED = (
     "Q<i>.<f> (signed fixed point: Q0.4, Q8.8), UQ<i>.<f> (unsigned: UQ6.0), "
     "Q<i>.<f>:literal (the 2019 paper's printed formula), int<N>, uint<N> (scale left to calibration: int4, "
-    f"uint8), ternary, binary, float; 1 to {MAX_BITS} bits"
+    f"uint8), ternary, uternary, binary, pow2-<B> (zero or plus/minus a power of two, for weights, B = 2 to 6: pow2-4), "
+    f"float; 1 to {MAX_BITS} bits"
 )
 
 _FIXED = re.compile(r"(U?)Q(\d{1,3})\.(\d{1,3})(:literal)?", re.ASCII)
 _INTEGER = re.compile(r"(u?)int(\d{1,3})", re.ASCII)
+_POWERS = re.compile(r"pow2-(\d{1,3})", re.ASCII)
+_NAMED: dict[str, tuple[Kind, bool]] = {
+    "ternary": ("ternary", True),
+    "uternary": ("ternary", False),
+    "binary": ("binary", True),
+    "float": ("float", True),
+}
+"""Spelling → kind, signed, of the formats without a number in their name."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,9 @@ class QFormat:
     ``Q0.4:literal``     the paper's formula, sign-magnitude, -16…16 × 2^-4         ⌈log2(levels)⌉ = 6
     ``int4``, ``uint8``  -8…7, 0…255 × a scale that calibration or training finds   N
     ``ternary``          -1, 0, 1 × a scale                                         2
+    ``uternary``         0, 1, 2 × a scale                                          2
     ``binary``           -1, 1 × a scale                                            1
+    ``pow2-4``           0, ±1, ±2, ±4, ±8 × a scale that is a power of two         B
     ``float``            float32, not quantized                                     32
     ===================  =========================================================  ==================
 
@@ -49,6 +60,10 @@ class QFormat:
     ``quantize(x, n) = round(clamp(x, n) << n) >> n`` and ``clamp(x, n)`` to [0, 2^n - 1] from above where
     x ≥ 2^n - 1. The integer part is clamped and the fraction is kept, so magnitudes beyond the range wrap
     (1.3 → 0.3125 in Q0.4), the fraction may round up to 1, and Q0.4 has 33 levels: 6 bits, not 4.
+
+    ``pow2-B``, B = 2 to 6, is Zhou et al., ICLR 2017 (Incremental Network Quantization), equation 1: zero or a
+    signed power of two, of 2^(B-2) neighbouring ones. Its codes are -2^(B-2)…2^(B-2); code ±k stands for ±2^(k-1) ×
+    the scale, which is the smallest magnitude. It is for weights only.
 
     Args:
         spec: the format's spelling, see the table; ``str(format)`` gives it back in canonical form.
@@ -73,7 +88,7 @@ class QFormat:
             raise ValueError(
                 f"a number format is a string, found {type(text).__name__}; accepted: {ACCEPTED}"
             )
-        fixed, integer = _FIXED.fullmatch(text), _INTEGER.fullmatch(text)
+        fixed, integer, powers = (pattern.fullmatch(text) for pattern in (_FIXED, _INTEGER, _POWERS))
         kind: Kind
         if fixed:
             kind, signed = ("literal" if fixed[4] else "fixed"), not fixed[1]
@@ -82,8 +97,13 @@ class QFormat:
         elif integer:
             kind, signed, integer_bits, fraction_bits = "int", not integer[1], int(integer[2]), 0
             canonical = f"{integer[1]}int{integer_bits}"
-        elif text in ("ternary", "binary", "float"):
-            kind, signed, integer_bits, fraction_bits, canonical = text, True, 0, 0, text  # type: ignore[assignment]
+        elif powers:
+            kind, signed, integer_bits, fraction_bits = "pow2", True, int(powers[1]), 0
+            canonical = f"pow2-{integer_bits}"
+            if not 2 <= integer_bits <= 6:
+                raise ValueError(f"{text!r} has {integer_bits} bits, expected 2 to 6; accepted: {ACCEPTED}")
+        elif text in _NAMED:
+            (kind, signed), integer_bits, fraction_bits, canonical = _NAMED[text], 0, 0, text
         else:
             raise ValueError(f"{text!r} is not a number format; accepted: {ACCEPTED}")
         if (fixed or integer) and not 1 <= integer_bits + fraction_bits <= MAX_BITS:
@@ -114,8 +134,8 @@ class QFormat:
 
     @property
     def has_free_scale(self) -> bool:
-        """Whether the scale is left to calibration or training (``intN``, ``uintN``, ``ternary``, ``binary``)."""
-        return self.kind in ("int", "ternary", "binary")
+        """Whether the scale is left to calibration or training: every format but fixed point and float."""
+        return self.kind in ("int", "ternary", "binary", "pow2")
 
     @cached_property
     def qmin(self) -> int:
@@ -132,7 +152,9 @@ class QFormat:
         if self.is_float:
             raise ValueError("'float' has no integer codes")
         if self.kind in ("ternary", "binary"):
-            return 1
+            return 1 if self.signed else 2
+        if self.kind == "pow2":
+            return 1 << (self.integer_bits - 2)
         if self.kind == "literal":
             return self._literal_magnitude
         bits = self.integer_bits + self.fraction_bits
@@ -178,13 +200,16 @@ class QFormat:
     def with_sign(self, signed: bool) -> QFormat:
         """The same bits read as signed or unsigned; how ``quantize`` resolves an activation's ``Q6.0``.
 
-        Formats without an unsigned form (``float``, ``ternary``, ``binary``) are returned as they are.
+        Unsigned, ``ternary`` is ``uternary`` and ``binary`` is ``uint1``; ``float`` and ``pow2`` are returned as they
+        are.
 
         Raises:
             ValueError: for ``uint1`` as signed, which would have no positive code.
         """
-        if self.signed == signed or self.kind in ("float", "ternary", "binary"):
+        if self.signed == signed or self.kind in ("float", "pow2"):
             return self
+        if self.kind == "binary":
+            return QFormat("uint1")
         unsigned_prefix = "U" if self.kind in ("fixed", "literal") else "u"
         return QFormat(self.spec.removeprefix(unsigned_prefix) if signed else unsigned_prefix + self.spec)
 
@@ -202,12 +227,16 @@ class QFormat:
         if len(code) != 4 or not 0 <= code[0] < len(_KINDS) or code[1] not in (0, 1):
             raise ValueError(f"{list(code)} is not the code of a number format")
         kind, signed, integer_bits, fraction_bits = _KINDS[code[0]], bool(code[1]), code[2], code[3]
+        if not signed and kind in ("float", "binary", "pow2"):
+            raise ValueError(f"{list(code)} is not the code of a number format: '{kind}' is signed")
         if kind in ("fixed", "literal"):
             suffix = ":literal" if kind == "literal" else ""
             return cls(f"{'' if signed else 'U'}Q{integer_bits}.{fraction_bits}{suffix}")
         if kind == "int":
             return cls(f"{'' if signed else 'u'}int{integer_bits}")
-        return cls(kind)
+        if kind == "pow2":
+            return cls(f"pow2-{integer_bits}")
+        return cls(kind if signed else f"u{kind}")
 
 
 _KINDS: tuple[Kind, ...] = (
@@ -217,4 +246,5 @@ _KINDS: tuple[Kind, ...] = (
     "int",
     "ternary",
     "binary",
+    "pow2",
 )  # appended to, never reordered

@@ -77,9 +77,10 @@ class QuantPlan:
     Args:
         layers: layer name → formats. Layers that are not named stay float.
         scale: ``power-of-two`` keeps ``intN`` a fixed-point format whose radix point is found by calibration or
-            training; ``free`` allows any scale.
-        granularity: ``channel`` gives weights of ``intN`` one scale for each output channel, ``tensor`` one.
-        learned: scales of ``intN`` formats are trained (LSQ), not only calibrated.
+            training; ``free`` allows any scale (``pow2-B`` keeps powers of two).
+        granularity: ``channel`` gives weights whose scale is open one for each output channel, ``tensor`` one in all.
+        learned: scales that formats leave open are trained (LSQ), not only found from the values (those of ``pow2-B``
+            are not).
     """
 
     layers: Mapping[str, LayerPlan] = field(default_factory=dict)

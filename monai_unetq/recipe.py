@@ -263,10 +263,7 @@ def demo(
         FileNotFoundError: if the data folder or a part of it is missing.
         ValueError: for bad data, formats or a device that is not there; nothing is written then.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"device '{device}' is not there: torch {torch.__version__} sees no GPU; use --device cpu"
-        )
+    check_device(device)
     source = Data.phantom(seed) if data is None else Data.em(Path(data))
     width = 16 if width is None else width
     long = data is not None
@@ -328,6 +325,18 @@ def demo(
 
 def _schedule(steps: int, patch_size: int, seed: int) -> Schedule:
     return Schedule(steps, patch_size=patch_size, seed=seed, epoch_steps=min(steps, 50))
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"device '{device}' is not there: torch {torch.__version__} sees no GPU; use --device cpu"
+        )
 
 
 def versions() -> dict[str, str]:

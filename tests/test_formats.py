@@ -22,9 +22,11 @@ from monai_unetq.formats import MAX_BITS, QFormat
 @st.composite
 def spellings(draw: st.DrawFn) -> str:
     """Any canonical spelling of a format."""
-    kind = draw(st.sampled_from(("fixed", "literal", "int", "name")))
+    kind = draw(st.sampled_from(("fixed", "literal", "int", "name", "pow2")))
     if kind == "name":
-        return draw(st.sampled_from(("ternary", "binary", "float")))
+        return draw(st.sampled_from(("ternary", "uternary", "binary", "float")))
+    if kind == "pow2":
+        return f"pow2-{draw(st.integers(2, 6))}"
     bits = draw(st.integers(1, MAX_BITS))
     if kind == "int":
         unsigned = draw(st.booleans()) or bits == 1
@@ -78,7 +80,7 @@ def test_limits_hang_together(spelling: str) -> None:
     assert f.signed == (f.qmin < 0)
     if f.kind != "binary":
         assert f.levels == f.qmax - f.qmin + 1
-    if f.kind in ("fixed", "int"):
+    if f.kind in ("fixed", "int", "pow2"):
         assert f.bits == f.integer_bits + f.fraction_bits
     assert f.has_free_scale == (f.step is None)
     if f.step is not None:
@@ -126,6 +128,10 @@ def test_literal_levels_are_those_that_the_printed_formula_takes(
         ("int2", 2, 4, (-2, 1)),
         ("uint1", 1, 2, (0, 1)),
         ("ternary", 2, 3, (-1, 1)),
+        ("uternary", 2, 3, (0, 2)),
+        ("pow2-2", 2, 3, (-1, 1)),
+        ("pow2-4", 4, 9, (-4, 4)),
+        ("pow2-6", 6, 33, (-16, 16)),
         ("binary", 1, 2, (-1, 1)),
     ],
 )
@@ -174,7 +180,8 @@ def test_json_is_the_spelling(spelling: str) -> None:
     [
         "", "Q", "Q4", "Q.4", "Q4.", "q0.4", "Q0,4", " Q0.4", "Q0.4 ", "Q0.4\n", "Q-1.4", "Q+1.4", "SQ0.4",
         "Q0.4:paper", "UQ", "int", "int-4", "Int8", "uInt8", "UINT8", "int8.0", "int4:literal", "float32",
-        "Float", "Ternary", "Q٣.٤", "Q1e1.0", "8", "None",
+        "Float", "Ternary", "Q٣.٤", "Q1e1.0", "8", "None", "utern", "ubinary", "ufloat", "pow2", "pow2-", "pow-4",
+        "upow2-4", "Pow2-4", "pow2-4.0", "pow2-٤",
     ],
 )  # fmt: skip
 def test_unparsable_shows_what_is_accepted(spelling: str) -> None:
@@ -182,7 +189,8 @@ def test_unparsable_shows_what_is_accepted(spelling: str) -> None:
         QFormat(spelling)
     message = str(caught.value)
     assert repr(spelling) in message
-    for accepted in ("Q<i>.<f>", "Q0.4", "UQ6.0", ":literal", "int4", "uint8", "ternary", "binary", "float"):
+    for accepted in ("Q<i>.<f>", "Q0.4", "UQ6.0", ":literal", "int4", "uint8", "ternary", "uternary", "binary",
+                     "pow2-<B>", "float"):  # fmt: skip
         assert accepted in message
 
 
@@ -197,6 +205,12 @@ def test_signed_single_bit_is_refused_with_a_way_out() -> None:
         QFormat("int1")
 
 
+@pytest.mark.parametrize("spelling", ["pow2-0", "pow2-1", "pow2-7", "pow2-99"])
+def test_powers_of_two_have_two_to_six_bits(spelling: str) -> None:
+    with pytest.raises(ValueError, match=f"'{spelling}' has .* bits, expected 2 to 6; accepted: "):
+        QFormat(spelling)
+
+
 @pytest.mark.parametrize("spec", [None, 4, 0.4, b"Q0.4", ["Q0.4"], {"format": "Q0.4"}])
 def test_other_types_are_a_value_error(spec: Any) -> None:
     with pytest.raises(ValueError, match=f"is a string, found {type(spec).__name__}; accepted: "):
@@ -206,7 +220,7 @@ def test_other_types_are_a_value_error(spec: Any) -> None:
 @pytest.mark.parametrize(
     "code",
     [(), (1, 1, 0), (1, 1, 0, 4, 0), (6, 1, 0, 4), (-1, 1, 0, 4), (1, 2, 0, 4), (1, 1, -1, 4), (1, 1, 0, 0),
-     (1, 1, 20, 20), (3, 1, 1, 0)],
+     (1, 1, 20, 20), (3, 1, 1, 0), (6, 1, 7, 0), (6, 0, 4, 0), (7, 1, 0, 0), (5, 0, 0, 0), (0, 0, 0, 0)],
 )  # fmt: skip
 def test_foreign_integer_code(code: Any) -> None:
     with pytest.raises(ValueError):
@@ -215,14 +229,21 @@ def test_foreign_integer_code(code: Any) -> None:
 
 def test_integer_codes_are_those_of_saved_networks() -> None:
     # Written into checkpoints: they must never change their meaning.
-    spellings = ("float", "Q0.4", "UQ6.0:literal", "int4", "ternary", "binary")
-    codes = [(0, 1, 0, 0), (1, 1, 0, 4), (2, 0, 6, 0), (3, 1, 4, 0), (4, 1, 0, 0), (5, 1, 0, 0)]
+    spellings = ("float", "Q0.4", "UQ6.0:literal", "int4", "ternary", "binary", "pow2-4", "uternary")
+    codes = [(0, 1, 0, 0), (1, 1, 0, 4), (2, 0, 6, 0), (3, 1, 4, 0), (4, 1, 0, 0), (5, 1, 0, 0), (6, 1, 4, 0)]
+    codes.append((4, 0, 0, 0))
     assert [QFormat(s).to_code() for s in spellings] == codes
 
 
 @pytest.mark.parametrize(
     ("signed", "unsigned"),
-    [("Q6.0", "UQ6.0"), ("Q0.4:literal", "UQ0.4:literal"), ("int8", "uint8"), ("Q1.0", "UQ1.0")],
+    [
+        ("Q6.0", "UQ6.0"),
+        ("Q0.4:literal", "UQ0.4:literal"),
+        ("int8", "uint8"),
+        ("Q1.0", "UQ1.0"),
+        ("ternary", "uternary"),
+    ],
 )
 def test_with_sign(signed: str, unsigned: str) -> None:
     pair = QFormat(signed), QFormat(unsigned)
@@ -230,7 +251,12 @@ def test_with_sign(signed: str, unsigned: str) -> None:
         assert f.with_sign(wanted) == pair[0 if wanted else 1]
 
 
-@pytest.mark.parametrize("spelling", ["float", "ternary", "binary"])
+def test_binary_without_a_sign_is_uint1() -> None:
+    assert QFormat("binary").with_sign(False) == QFormat("uint1")
+    assert QFormat("binary").with_sign(True) == QFormat("binary")
+
+
+@pytest.mark.parametrize("spelling", ["float", "pow2-4"])
 def test_with_sign_leaves_formats_that_have_no_unsigned_form(spelling: str) -> None:
     assert QFormat(spelling).with_sign(False) == QFormat(spelling).with_sign(True) == QFormat(spelling)
 

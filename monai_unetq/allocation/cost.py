@@ -19,9 +19,10 @@ class Cost:
     """Bytes for one image.
 
     Attributes:
-        weight_bytes: all parameters: rounded weights at their formats' bits, the rest (biases, norms) as float32.
+        weight_bytes: all parameters: rounded weights at their formats' bits, ternary ones five in a byte as ``pack``
+            stores them (1.6 bits, the last byte of each tensor whole), the rest (biases, norms) as float32.
         activation_bytes: the inputs of all convolutions, transposed convolutions and linear layers at their
-            formats' bits, float ones as float32.
+            formats' bits (ternary: 2, they are not packed), float ones as float32.
     """
 
     weight_bytes: int
@@ -38,7 +39,8 @@ def cost_of(network: nn.Module, example: Tensor) -> Cost:
     quantized = quantized_layers(network)
     weight_bits = sum(p.numel() for p in network.parameters() if p.dim() > 0) * 32
     for layer in quantized.values():
-        weight_bits -= layer.weight.numel() * (32 - layer.weight_quantizer.number_format.bits)
+        count = layer.weight.numel()
+        weight_bits += _weight_bits(layer.weight_quantizer.number_format, count) - 32 * count
     for layer in quantized.values():  # learned scales are formats, not weights
         for quantizer in (layer.input_quantizer, layer.weight_quantizer):
             weight_bits -= 32 * sum(p.numel() for p in quantizer.parameters() if p.dim() > 0)
@@ -48,3 +50,9 @@ def cost_of(network: nn.Module, example: Tensor) -> Cost:
         number_format = QFormat("float") if found is None else found.input_quantizer.number_format
         activation_bits += prod(call.input_shape) * number_format.bits
     return Cost(-(-weight_bits // 8), -(-activation_bits // 8))
+
+
+def _weight_bits(number_format: QFormat, count: int) -> int:
+    """What ``count`` weights of one tensor take when packed."""
+    in_base_3 = number_format.kind == "ternary" and number_format.signed
+    return 8 * -(-count // 5) if in_base_3 else number_format.bits * count

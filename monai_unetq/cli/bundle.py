@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_bundle_command", "copy_bundle"]
+__all__ = ["add_bundle_command", "copy_bundle", "find_bundle"]
 
 _KINDS = ("em", "gm", "nih")
 
@@ -56,7 +56,7 @@ def copy_bundle(kind: str, out: Path) -> Path:
         FileExistsError: if the folder holds something, or is a file.
         FileNotFoundError: if the installation lacks the bundle.
     """
-    source = _installed(f"{kind}_unet")
+    source = find_bundle(kind)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out}: exists and is not an empty folder; give another --out, or remove it")
     out = out.resolve()
@@ -83,8 +83,13 @@ def _files(bundle: Path) -> list[Path]:
     ]
 
 
-def _installed(name: str) -> Path:
-    """The folder of a bundle: beside the package in a checkout, among the installation's shared files in a wheel."""
+def find_bundle(kind: str) -> Path:
+    """The folder of a bundle: beside the package in a checkout, among the installation's shared files in a wheel.
+
+    Raises:
+        FileNotFoundError: if the installation lacks the bundle.
+    """
+    name = f"{kind}_unet"
     beside = Path(__file__).resolve().parents[2]
     shared = Path("share") / "monai-unetq" / "bundles" / name
     candidates = [beside / "bundles" / name, Path(sys.prefix) / shared, beside / shared]  # last: pip --target

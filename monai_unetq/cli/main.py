@@ -18,6 +18,7 @@ from .. import __version__
 from ..formats import QFormat
 from .bundle import add_bundle_command
 from .data import add_data_command
+from .reproduce import add_reproduce_command
 
 __all__ = ["main"]
 
@@ -52,6 +53,7 @@ examples:
   unetq format Q0.4 UQ6.0                     what number formats can represent
   unetq inspect unetq-demo/model.unetq        what a packed model holds
   unetq data em --source DIR --out DIR        prepare a downloaded data set for nnU-Net and MONAI
+  unetq reproduce em --data DIR --out DIR     the 2019 paper's comparison on your data
 
 'unetq COMMAND --help' explains a command. UNETQ_DEBUG=1 shows the traceback of an error.
 """
@@ -148,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect, after_interrupt="")
     add_data_command(commands, _command)
     add_bundle_command(commands, _command)
+    add_reproduce_command(commands, _command)
     return parser
 
 
@@ -219,7 +222,10 @@ def _inspection(description: dict[str, Any]) -> str:
     weights, in_float = description["weight_bytes"], description["float_bytes"]
     versions = ", ".join(f"{name} {version}" for name, version in description["versions"].items())
     rows = [
-        tuple(str(layer[key]) for key in ("name", "weight", "input", "parameters", "bytes", "codes"))
+        tuple(
+            f"{layer[key]:.2f}" if key == "bits" else str(layer[key])
+            for key in ("name", "weight", "input", "parameters", "bytes", "bits", "codes")
+        )
         for layer in description["layers"]
     ]
     ratio = f" ({in_float / weights:.2f} times smaller than {in_float} bytes in float32)" if weights else ""
@@ -230,7 +236,7 @@ def _inspection(description: dict[str, Any]) -> str:
             f"file     {description['file_bytes']} bytes",
             f"weights  {weights} bytes{ratio}",
             "",
-            _aligned(("layer", "weight", "input", "parameters", "bytes", "codes"), rows),
+            _aligned(("layer", "weight", "input", "parameters", "bytes", "bits each", "codes"), rows),
         )
     )
 

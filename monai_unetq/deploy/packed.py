@@ -1,8 +1,9 @@
 """The packed checkpoint: a quantized network in one safetensors file, weights at their true bit width.
 
 Every rounded weight is one uint8 tensor, a stream of integer codes, under its state-dict key; all other state (biases,
-scales, norms that could not be folded) stands beside it as it is. What is registered under several names is there once. The file's metadata carries one JSON document:
-plan, network, what was folded, versions, and a checksum over all of it. Nothing in it is executed.
+scales, norms that could not be folded) stands beside it as it is. What is registered under several names is there
+once. The file's metadata carries one JSON document: plan, network, how ternary weights are coded, what was folded,
+versions, and a checksum over all of it. Nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -24,23 +25,23 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..formats import QFormat
 from ..layers import PAIRED_NORMS, QUANTIZED_LAYERS, PairedNorm, QuantizedLayer, quantize_layer
 from ..plan import LayerPlan, QuantPlan
 from ..surgery import plan_of
 from ..surgery.fold import FoldedNorm, fold_pairs, take_norm_out
 from ..surgery.quantize import quantized_layers
-from .bits import pack_codes, unpack_codes
+from .coding import TernaryCoding, check_coding, decode, encode, is_ternary
 
 __all__ = ["inspect_packed", "pack", "unpack"]
 
 KEY = "monai_unetq"
-VERSION = 1
+PLAIN, WITH_CODINGS = 1, 2
+"""Versions: 2 adds ``codings``, and is written only where there is one, so that older programs read the rest."""
 
 _WITH_BIAS: Any = (*QUANTIZED_LAYERS, QuantizedLayer)
 
 
-def pack(network: nn.Module, path: str | Path) -> Path:
+def pack(network: nn.Module, path: str | Path, ternary: TernaryCoding = "base3") -> Path:
     """Write a quantized network as a packed checkpoint, atomically.
 
     The network is left as it is; batch norms that are paired with a convolution are folded in the file.
@@ -48,15 +49,18 @@ def pack(network: nn.Module, path: str | Path) -> Path:
     Args:
         network: quantized (and trained or calibrated).
         path: the file to write; its folder must exist.
+        ternary: how ternary weights are stored: ``"base3"``, five digits in a byte (1.6 bits each), or ``"2bit"``,
+            larger, for a reader that wants each code at a bit position of its own.
 
     Returns:
         the path.
 
     Raises:
-        ValueError: if the network is not quantized, or its state holds NaN or infinity.
+        ValueError: if the network is not quantized, its state holds NaN or infinity, or there is no such coding.
         OSError: if the file cannot be written; what was there before is kept.
     """
     path = Path(path)
+    check_coding(ternary)
     plan = plan_of(network)
     for key, value in network.state_dict().items():
         if not torch.isfinite(value).all():
@@ -67,18 +71,22 @@ def pack(network: nn.Module, path: str | Path) -> Path:
     state = {key: value.detach().cpu() for key, value in _state(baked).items()}
     tensors: dict[str, Tensor] = {}
     packed: dict[str, list[int]] = {}
+    codings: dict[str, str] = {}
     for key, value in state.items():
         layer = layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
         if layer is None or layer.weight_quantizer.number_format.is_float:
             tensors[key] = value.contiguous().clone()
         else:
-            tensors[key] = torch.from_numpy(_packed_weight(layer))
+            tensors[key] = torch.from_numpy(_packed_weight(layer, ternary, key))
             packed[key] = list(value.shape)
+            if is_ternary(layer.weight_quantizer.number_format):
+                codings[key] = ternary
     document: dict[str, Any] = {
-        "version": VERSION,
+        "version": WITH_CODINGS if codings else PLAIN,
         "network": f"{type(network).__module__}.{type(network).__qualname__}",
         "plan": plan.to_json(),
         "packed": packed,
+        **({"codings": codings} if codings else {}),
         "folded": sorted(name for name, module in baked.named_modules() if isinstance(module, FoldedNorm)),
         "functions": _functions(baked),
         "versions": {name: _version(name) for name in ("monai-unetq", "torch")},
@@ -122,10 +130,7 @@ def unpack(path: str | Path, network: nn.Module) -> nn.Module:
     wrong = f"{path} holds a {packed_type.rpartition('.')[2]} that does not fit this {found_type.rpartition('.')[2]}"
     trial = copy.deepcopy(network)  # so that a file that does not fit leaves the network as it was
     _prepare(trial, plan, document["folded"], tensors, wrong)
-    codes = {
-        key: _codes(tensors[key], plan[key.removesuffix(".weight")].weight, shape, path, key)
-        for key, shape in document["packed"].items()
-    }
+    codes = {key: _codes(key, document, plan, tensors, path) for key in document["packed"]}
     _load(trial, tensors, codes, document["packed"], wrong)
     found, expected = _functions(network), document["functions"]
     for name in {**expected, **found}:
@@ -147,7 +152,7 @@ def inspect_packed(path: str | Path) -> dict[str, Any]:
     Returns:
         a JSON document: network, versions, plan, ``file_bytes``, ``weight_bytes`` (packed codes),
         ``float_bytes`` (what the same weights take in float32), and for each layer its formats, number of
-        weights, bytes, number of distinct codes and how often each occurs.
+        weights, bytes, bits for each weight, number of distinct codes and how often each occurs.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -157,18 +162,18 @@ def inspect_packed(path: str | Path) -> dict[str, Any]:
     document, tensors = _read(path)
     plan = QuantPlan.from_json(document["plan"], f"{path}: plan")
     layers = []
-    for key, shape in document["packed"].items():
+    for key in document["packed"]:
         name = key.removesuffix(".weight")
-        number_format = plan[name].weight
-        codes = _codes(tensors[key], number_format, shape, path, key)
+        codes = _codes(key, document, plan, tensors, path)
         values, counts = np.unique(codes, return_counts=True)
         layers.append(
             {
                 "name": name,
-                "weight": str(number_format),
+                "weight": str(plan[name].weight),
                 "input": str(plan[name].input),
                 "parameters": int(codes.size),
-                "bytes": int(tensors[key].numel()),
+                "bytes": tensors[key].numel(),
+                "bits": 8 * tensors[key].numel() / max(codes.size, 1),
                 "codes": int(values.size),
                 "histogram": {str(v): int(c) for v, c in zip(values, counts, strict=True)},
             }
@@ -199,10 +204,12 @@ def _functions(network: nn.Module) -> dict[str, str]:
     }
 
 
-def _packed_weight(layer: QuantizedLayer) -> np.ndarray:
-    number_format = layer.weight_quantizer.number_format
+def _packed_weight(layer: QuantizedLayer, ternary: TernaryCoding, key: str) -> np.ndarray:
     codes = layer.weight_quantizer.codes(layer.output_major(layer.weight)).cpu().numpy()
-    return pack_codes(codes, number_format.bits, number_format.qmin)
+    try:
+        return encode(codes, layer.weight_quantizer.number_format, ternary)
+    except ValueError as error:
+        raise ValueError(f"'{key}' cannot be packed: {error}") from None
 
 
 def _state(network: nn.Module) -> dict[str, Tensor]:
@@ -270,14 +277,21 @@ def _load(
             layer.set_codes(torch.from_numpy(codes[f"{name}.weight"]))
 
 
-def _codes(data: Tensor, number_format: QFormat, shape: list[int], path: Path, key: str) -> np.ndarray:
+def _codes(
+    key: str, document: Mapping[str, Any], plan: QuantPlan, tensors: Mapping[str, Tensor], path: Path
+) -> np.ndarray:
+    """The codes of one packed weight, (count,), int32, output channels first."""
+    number_format = plan[key.removesuffix(".weight")].weight
+    # Without an entry, ternary codes take the bits of their format, as all others do.
+    coding = document["codings"].get(key, "2bit")
+    if key in document["codings"] and not is_ternary(number_format):
+        raise ValueError(
+            f"{path}: corrupted: '{key}' has the coding {coding!r}, but is {number_format}, not ternary"
+        )
     try:
-        codes = unpack_codes(data.numpy(), number_format.bits, number_format.qmin, prod(shape))
+        return decode(tensors[key].numpy(), number_format, prod(document["packed"][key]), coding)
     except ValueError as error:
         raise ValueError(f"{path}: '{key}': {error}") from None
-    if codes.size and codes.max() > number_format.qmax:
-        raise ValueError(f"{path}: '{key}' has the code {codes.max()}, the highest of {number_format} is {number_format.qmax}")  # fmt: skip
-    return codes
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -303,19 +317,29 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: corrupted: its header is not JSON ({error})") from None
     found = document.get("version") if isinstance(document, dict) else None
-    if isinstance(found, int) and found > VERSION:
-        raise ValueError(f"{path}: packed format {found}, this program reads {VERSION}: update monai-unetq")
+    if isinstance(found, int) and found > WITH_CODINGS:
+        raise ValueError(
+            f"{path}: packed format {found}, this program reads up to {WITH_CODINGS}: update monai-unetq"
+        )
     kinds = {"version": int, "network": str, "plan": dict, "packed": dict, "folded": list, "functions": dict, "versions": dict, "checksum": str}  # fmt: skip
+    if found == WITH_CODINGS:
+        kinds["codings"] = dict
     for key, kind in kinds.items():
         if not isinstance(document, dict) or not isinstance(document.get(key), kind):
             raise ValueError(f"{path}: corrupted: '{key}' is missing from its header or no {kind.__name__}")
-    if document["version"] != VERSION:
-        raise ValueError(f"{path}: corrupted: packed format {document['version']}, expected {VERSION}")
+    if document["version"] not in (PLAIN, WITH_CODINGS):
+        raise ValueError(
+            f"{path}: corrupted: packed format {document['version']}, expected {PLAIN} or {WITH_CODINGS}"
+        )
     if _checksum({k: v for k, v in document.items() if k != "checksum"}, tensors) != document["checksum"]:
         raise ValueError(f"{path}: corrupted: its checksum does not match its content")
     missing = [key for key in document["packed"] if key not in tensors or tensors[key].dtype != torch.uint8]
     if missing:
         raise ValueError(f"{path}: corrupted: no packed tensor {missing[0]}")
+    document["codings"] = document["codings"] if found == WITH_CODINGS else {}
+    unknown = sorted(document["codings"].keys() - document["packed"].keys())
+    if unknown:
+        raise ValueError(f"{path}: corrupted: a coding for '{unknown[0]}', which is no packed weight")
     return document, tensors
 
 

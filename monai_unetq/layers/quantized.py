@@ -80,20 +80,20 @@ class QuantizedLayer(_Layer):
         norm = self.paired_norm
         if norm is None:
             weight = self.weight_quantizer(self.output_major(self.weight))
-            return self._from_output_major(weight), self._round_bias(self.bias, self.weight_quantizer.scale)
+            return self.from_output_major(weight), self._round_bias(self.bias, self.weight_quantizer.scale)
         before, after = self.norm_factors(norm)
         rounded = self.weight_quantizer(_scale_rows(self.output_major(self.weight), before))
         if norm.training:
-            return self._from_output_major(_scale_rows(rounded, 1 / before)), self.bias
+            return self.from_output_major(_scale_rows(rounded, 1 / before)), self.bias
         weight, step = rounded, self.weight_quantizer.scale
         if after is not None:
             # The gradient is that of rounded · after; the value is code × folded scale, as it will be after fold.
-            step = torch.exp2(self.folded_log2_scale(after))
+            step = self.weight_quantizer.scale_at(self.folded_log2_scale(after))
             weight = _scale_rows(rounded, after)
             if self.weight_quantizer.rounds:
                 codes = (rounded.detach() / _column(self.weight_quantizer.scale, rounded)).round()
                 weight = weight + (_scale_rows(codes, step) - weight).detach()
-        return self._from_output_major(weight), self._round_bias(norm.shift(norm.gain(), self.bias), step)
+        return self.from_output_major(weight), self._round_bias(self.folded_bias(norm), step)
 
     def norm_factors(self, norm: PairedNorm) -> tuple[Tensor, Tensor | None]:
         """What the weight is multiplied with before and after rounding so that both make the gain, (C,) each.
@@ -101,13 +101,32 @@ class QuantizedLayer(_Layer):
         Static and power-of-two grids, and one scale for all channels, must hold the folded weight itself:
         (gain, 1). Free scales per channel take the gain's magnitude into themselves: (sign, |gain|). A
         vanishing gain in training is replaced by 1: it could not be divided out again.
+
+        The codes of binary and ternary weights do not know the gain's magnitude, so their scale takes it, whatever it
+        is: rounded to a power of two where the scale is one (as in the shift-based batch norm of Courbariaux et al.,
+        2016), the mean of all channels, 0-dim, where there is one scale for all. Before rounding, the gain would
+        change nothing but the quotient in training, scale/gain; σ follows that quotient, the gain is γ/σ, and the
+        running statistics would drift away in a circle.
         """
-        gain = norm.gain()
-        if self.weight_quantizer.power_of_two or not self.weight_quantizer.channels:
+        gain, quantizer = norm.gain(), self.weight_quantizer
+        if not quantizer.follows_weight and (quantizer.power_of_two or not quantizer.channels):
             return torch.where(
                 gain.abs() < 1e-12, torch.ones_like(gain), gain
             ) if norm.training else gain, None
-        return torch.where(gain < 0, -torch.ones_like(gain), torch.ones_like(gain)), gain.abs()
+        sign, size = torch.where(gain < 0, -torch.ones_like(gain), torch.ones_like(gain)), gain.abs()
+        if quantizer.follows_weight and quantizer.rounds:
+            size = size if quantizer.channels else size.mean()
+            size = (
+                quantizer.scale_at(torch.log2(size.clamp(min=_LEAST_GAIN)))
+                if quantizer.power_of_two
+                else size
+            )
+        return sign, size
+
+    def folded_bias(self, norm: PairedNorm) -> Tensor:
+        """The folded bias β + (b - μ)·gain, (C,), with the gain that the folded weight has."""
+        before, after = self.norm_factors(norm)
+        return norm.shift(before if after is None else before * after, self.bias)
 
     def folded_weight(self) -> Tensor:
         """What the weight quantizer sees now, output channels first: the weight times the pair's factor."""
@@ -116,24 +135,22 @@ class QuantizedLayer(_Layer):
 
     @torch.no_grad()
     def set_codes(self, codes: Tensor) -> None:
-        """Set the weight to code × scale, or to what rounds to it (the literal formula sends its top value to 0).
+        """Set the weight to what codes stand for, or to what rounds to it (the literal formula sends its top to 0).
 
         Args:
             codes: integers, one for each weight, output channels first.
         """
-        shaped = codes.to(self.weight.device).float().reshape(self.output_major(self.weight).shape)
-        scale = self.weight_quantizer.scale
-        weight = _scale_rows(shaped, scale)
+        weight = self.weight_quantizer.values(codes.reshape(self.output_major(self.weight).shape))
         literal = self.weight_quantizer.number_format
         if literal.kind == "literal" and literal.fraction_bits:
             limit = 2.0**literal.integer_bits - 2.0 ** -(
                 literal.fraction_bits + 2
             )  # a quarter step below the top
             weight = weight.clamp(-limit, limit)
-        self.weight.copy_(self._from_output_major(weight))
+        self.weight.copy_(self.from_output_major(weight))
 
     def folded_log2_scale(self, after: Tensor) -> Tensor:
-        """log2(scale × after), (C,), what the weight quantizer's state holds after folding."""
+        """log2(scale × after), shaped as ``log2_scale``: what the weight quantizer's state holds after folding."""
         return torch.log2(self.weight_quantizer.scale.detach() * after.detach().clamp(min=_LEAST_GAIN))
 
     def _round_bias(self, bias: Tensor | None, weight_step: Tensor) -> Tensor | None:
@@ -158,7 +175,8 @@ class QuantizedLayer(_Layer):
         """The weight as (output channels, inputs of the group, …)."""
         return weight
 
-    def _from_output_major(self, weight: Tensor) -> Tensor:
+    def from_output_major(self, weight: Tensor) -> Tensor:
+        """What is (output channels, inputs of the group, …) in the weight's own order."""
         return weight
 
     def _run(self, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
@@ -175,7 +193,7 @@ class _QuantizedTransposed(QuantizedLayer):
         grouped = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
         return grouped.flatten(0, 1)
 
-    def _from_output_major(self, weight: Tensor) -> Tensor:
+    def from_output_major(self, weight: Tensor) -> Tensor:
         return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
     def _run(self, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
@@ -254,12 +272,12 @@ def quantize_layer(
         input: the input's format, signed or unsigned as it is to be.
         per_channel: calibrated and learned weight scales are one for each output channel, else all equal.
         power_of_two: calibrated and learned scales are powers of two.
-        learned: scales of ``intN`` formats are parameters.
+        learned: scales that formats leave open are parameters.
         rounds_bias: the bias is rounded to the accumulator's grid.
 
     Raises:
-        ValueError: if there is no quantized class for the layer's class, no quantizer for a format, or NaN or
-            infinity in a weight whose scale is to be found; the layer stays as it is then.
+        ValueError: if there is no quantized class for the layer's class, the input's format is for weights, or NaN
+            or infinity in a weight whose scale is to be found; the layer stays as it is then.
     """
     target = QUANTIZED_LAYERS.get(type(layer))
     if target is None:
@@ -269,7 +287,7 @@ def quantize_layer(
     options: dict[str, Any] = {"power_of_two": power_of_two, "learned": learned, "device": device}
     channels = cast(int, layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
     input_quantizer = Quantizer(input, **options)
-    weight_quantizer = Quantizer(weight, channels=channels if per_channel else 0, **options)
+    weight_quantizer = Quantizer(weight, channels=channels if per_channel else 0, weight=True, **options)
     layer.__class__ = target
     quantized = cast(QuantizedLayer, layer)
     quantized.input_quantizer = input_quantizer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,6 +12,12 @@ from torch import Tensor, nn
 __all__ = ["FixedPointUNet"]
 
 LEVELS = 4
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": partial(nn.ReLU, inplace=True),
+    "tanh": nn.Tanh,
+    "hardtanh": nn.Hardtanh,
+}
 
 
 class FixedPointUNet(nn.Module):
@@ -24,9 +32,11 @@ class FixedPointUNet(nn.Module):
         out_channels: channels of the logits; 1 for two classes.
         width: features of the first level; the others have 2, 4 and 4 times as many.
         spatial_dims: 2 or 3.
-        activation: ``"relu"`` or ``"tanh"``.
+        activation: ``"relu"``, ``"tanh"``, or ``"hardtanh"``, which clips to [-1, 1]: a tanh that fixed point computes
+            exactly.
         upsample: ``"linear"`` interpolates (bilinear, trilinear), ``"transposed"`` learns a 2×2 transposed
             convolution.
+        dropout: share of the values that training sets to zero after each level's two convolutions; 0 for none.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -45,8 +55,9 @@ class FixedPointUNet(nn.Module):
         out_channels: int,
         width: int = 64,
         spatial_dims: int = 2,
-        activation: Literal["relu", "tanh"] = "relu",
+        activation: Literal["relu", "tanh", "hardtanh"] = "relu",
         upsample: Literal["linear", "transposed"] = "linear",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("width", width)):
@@ -54,16 +65,20 @@ class FixedPointUNet(nn.Module):
                 raise ValueError(f"{name} is {value}, expected 1 or more")
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims is {spatial_dims}, expected 2 or 3")
-        if activation not in ("relu", "tanh"):
-            raise ValueError(f"activation is {activation!r}, expected 'relu' or 'tanh'")
+        if activation not in _ACTIVATIONS:
+            raise ValueError(
+                f"activation is {activation!r}, expected one of {', '.join(map(repr, _ACTIVATIONS))}"
+            )
         if upsample not in ("linear", "transposed"):
             raise ValueError(f"upsample is {upsample!r}, expected 'linear' or 'transposed'")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}, expected a share of at least 0 and less than 1")
         self.spatial_dims = spatial_dims
         features = (width, 2 * width, 4 * width, 4 * width)
         convolution = (nn.Conv2d, nn.Conv3d)[spatial_dims - 2]
 
         def block(inputs: int, outputs: int) -> _DoubleConv:
-            return _DoubleConv(inputs, outputs, spatial_dims, activation)
+            return _DoubleConv(inputs, outputs, spatial_dims, activation, dropout)
 
         self.pool = (nn.MaxPool2d, nn.MaxPool3d)[spatial_dims - 2](2)
         self.encoder = nn.ModuleList(
@@ -124,14 +139,16 @@ class FixedPointUNet(nn.Module):
 
 
 class _DoubleConv(nn.Sequential):
-    def __init__(self, inputs: int, outputs: int, spatial_dims: int, activation: str) -> None:
+    def __init__(self, inputs: int, outputs: int, spatial_dims: int, activation: str, dropout: float) -> None:
         convolution = (nn.Conv2d, nn.Conv3d)[spatial_dims - 2]
         norm = (nn.BatchNorm2d, nn.BatchNorm3d)[spatial_dims - 2]
         super().__init__()
         for number, channels in ((1, inputs), (2, outputs)):
             self.add_module(f"conv{number}", convolution(channels, outputs, kernel_size=3, padding=1))
             self.add_module(f"norm{number}", norm(outputs))
-            self.add_module(f"act{number}", nn.ReLU(inplace=True) if activation == "relu" else nn.Tanh())
+            self.add_module(f"act{number}", _ACTIVATIONS[activation]())
+        if dropout:
+            self.add_module("dropout", nn.Dropout(dropout))
 
 
 def _upsampling(channels: int, spatial_dims: int, kind: str) -> nn.Module:

@@ -20,7 +20,7 @@ _PIECE = 1 << 17
 """Values that are worked on at a time on a CPU: 512 KiB of float32, so that a few passes stay in the cache."""
 
 
-def _recorded() -> bool:
+def recorded() -> bool:
     """Whether the operations are being recorded, to run again on tensors of other sizes: no pieces then."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
@@ -86,7 +86,7 @@ class _LearnedFakeQuantize(torch.autograd.Function):
             slope = torch.addcmul(grad * quantized, inside, tensor, value=-1).sum(summed, keepdim=True)
         else:
             slope = torch.zeros_like(scale)
-            for g, q, i, x in zip(*_in_cache(grad, quantized, inside, tensor), strict=True):
+            for g, q, i, x in zip(*in_cache(grad, quantized, inside, tensor), strict=True):
                 slope = slope + torch.addcmul(g * q, i, x, value=-1).sum()
         return inside, (slope * (ctx.gain / scale)).to(scale.dtype), None, None, None
 
@@ -94,10 +94,10 @@ class _LearnedFakeQuantize(torch.autograd.Function):
 def _rounded(tensor: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
     """scale · clamp(round(tensor / scale), qmin, qmax), in the tensor's memory format."""
     inverse = scale.reciprocal()
-    if scale.dim() or _recorded():
+    if scale.dim() or recorded():
         return torch.mul(tensor, inverse).round_().clamp_(qmin, qmax).mul_(scale)
     out = torch.empty_like(tensor)
-    for x, y in zip(*_in_cache(tensor, out), strict=True):
+    for x, y in zip(*in_cache(tensor, out), strict=True):
         torch.mul(x, inverse, out=y).round_().clamp_(qmin, qmax).mul_(scale)
     return out
 
@@ -111,14 +111,14 @@ def _inside(grad: Tensor, tensor: Tensor, scale: Tensor, qmin: int, qmax: int) -
     return grad * ((tensor > low) & (tensor < high))
 
 
-def _in_cache(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+def in_cache(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """The tensors in pieces that a processor's cache holds, where all lie in one dense order; else whole.
 
     Passes over pieces cost a fraction of passes over a whole activation, which go through memory each time.
     """
     whole: list[tuple[Tensor, ...]] = [(t,) for t in tensors]
     first = tensors[0]
-    if first.device.type != "cpu" or _recorded():
+    if first.device.type != "cpu" or recorded():
         return whole
     dense = torch.ops.aten.is_non_overlapping_and_dense
     if not all(t.stride() == first.stride() and dense(t) for t in tensors):

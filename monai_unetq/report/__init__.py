@@ -12,9 +12,12 @@ from .html import write_report
 from .tables import markdown_table, text_table
 
 if TYPE_CHECKING:
-    from .figures import segmentation_figure, size_figure, training_figure, weight_figure
+    from .comparison import accuracy_figure, comparison_figure, segmentation_figure
+    from .figures import size_figure, training_figure, weight_figure
 
 __all__ = [
+    "accuracy_figure",
+    "comparison_figure",
     "markdown_table",
     "segmentation_figure",
     "size_figure",
@@ -28,6 +31,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name.startswith("_") or name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import figures
+    from . import figures  # first: it says what to install where matplotlib is missing
 
-    return getattr(figures, name)
+    if hasattr(figures, name):
+        return getattr(figures, name)
+    from . import comparison
+
+    return getattr(comparison, name)

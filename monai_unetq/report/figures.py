@@ -1,5 +1,5 @@
-"""How results look as pictures: segmentations with their errors, training curves, the use of weight codes,
-and accuracy against size. Every function writes one PNG file."""
+"""How numbers look as pictures: training curves, the use of weight codes, and accuracy against size; and the style
+that all figures share. Every function writes one PNG file."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ try:
     from matplotlib import rc_context
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 except ImportError as error:
     raise ImportError(
@@ -31,7 +29,7 @@ except ImportError as error:
 
 from .tables import format_bytes, require
 
-__all__ = ["segmentation_figure", "size_figure", "training_figure", "weight_figure"]
+__all__ = ["size_figure", "training_figure", "weight_figure"]
 
 # Okabe and Ito's palette, made for colour vision deficiencies; without its yellow, too faint on white.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -62,64 +60,6 @@ _STYLE: Any = {
 }
 _DPI = 150
 _SMOOTHED_FROM = 40  # losses; a shorter curve is drawn as it is
-
-
-def segmentation_figure(
-    image: np.ndarray, label: np.ndarray, predictions: Mapping[str, np.ndarray], path: Path
-) -> Path:
-    """Show an image, its true membrane, and where each prediction found, missed or invented membrane.
-
-    Args:
-        image: shape (1, H, W), values in [0, 1].
-        label: shape (1, H, W), 0 = membrane, 1 = interior.
-        predictions: predicted classes by the name of the network, each of the label's shape.
-        path: the PNG file to write.
-
-    Returns:
-        ``path``.
-
-    Raises:
-        ValueError: the image is not (1, H, W), or the label or a prediction has another shape.
-    """
-    if image.ndim != 3 or image.shape[0] != 1:
-        raise ValueError(f"the image has shape {image.shape}, expected (1, H, W)")
-    for name, array in {
-        "label": label,
-        **{f"prediction {name!r}": p for name, p in predictions.items()},
-    }.items():
-        if array.shape != image.shape:
-            raise ValueError(f"{name} has shape {array.shape}, expected the image's, {image.shape}")
-
-    panels = 2 + len(predictions)
-    columns = panels if panels <= 4 else min(4, math.ceil(panels / 2))
-    rows = math.ceil(panels / columns)
-    height, width = image.shape[1:]
-    side = 3.6  # inches, at which a pixel of a 512 x 512 slice is no smaller than one of the figure
-    with _figure(path, (columns * side, rows * (side * height / width + 0.3) + 0.35)) as figure:
-        axes = figure.subplots(rows, columns, squeeze=False).flat
-        colors = ListedColormap(["white", _FOUND, _INVENTED, _MISSED])
-        true = label[0] == 0
-        _picture(axes[0], "image", image[0], cmap="gray", vmin=0.0, vmax=1.0)
-        _picture(
-            axes[1], "true membrane", true.astype(int), cmap=colors, vmin=0, vmax=3, interpolation="none"
-        )
-        for axis, (name, prediction) in zip(axes[2:], predictions.items(), strict=False):
-            found = prediction[0] == 0
-            kinds = np.select([true & found, found, true], [1, 2, 3], default=0)
-            denominator = np.count_nonzero(true) + np.count_nonzero(found)
-            dice = 200.0 * np.count_nonzero(true & found) / denominator if denominator else 100.0
-            title = f"{name} (membrane Dice {dice:.1f})"
-            _picture(axis, title, kinds, cmap=colors, vmin=0, vmax=3, interpolation="none")
-        for axis in axes[panels:]:
-            axis.set_axis_off()
-        if predictions:
-            handles = [
-                Patch(facecolor=_FOUND, label="membrane found (true positive)"),
-                Patch(facecolor=_INVENTED, label="invented (false positive)"),
-                Patch(facecolor=_MISSED, label="missed (false negative)"),
-            ]
-            figure.legend(handles=handles, loc="outside lower center", ncols=3)
-    return path
 
 
 def training_figure(training: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path: Path) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Table", "format_bytes", "full_table", "markdown_table", "require", "text_table"]
+__all__ = ["Table", "format_bytes", "full_table", "markdown_lines", "markdown_table", "require", "text_table"]
 
 _EMPTY = "-"  # a cell without a value
 _TITLES = {
@@ -80,7 +80,12 @@ def markdown_table(results: Mapping[str, Any]) -> str:
     Raises:
         ValueError: a required key of ``rows`` is missing, or there is no row.
     """
-    table = full_table(results)
+    return markdown_lines(full_table(results))
+
+
+def markdown_lines(table: Table) -> str:
+    """Write any table as GitHub-flavoured Markdown: a line for each row, the first column to the left, the others to
+    the right. No newline at the end."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("\\", "\\\\").replace("|", "\\|") for cell in cells) + " |"

@@ -82,7 +82,7 @@ def _fold_pair(layer: QuantizedLayer, norm: PairedNorm) -> None:
     weight, _ = layer.effective_parameters()
     # The printed formula does not round its own top value to itself.
     codes = quantizer.codes(layer.folded_weight()) if quantizer.number_format.kind == "literal" else None
-    bias = norm.shift(norm.gain(), layer.bias)
+    bias = layer.folded_bias(norm)
     _, after = layer.norm_factors(norm)
     if after is not None:
         quantizer.log2_scale.copy_(layer.folded_log2_scale(after))

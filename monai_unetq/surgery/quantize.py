@@ -58,7 +58,8 @@ def quantize(network: nn.Module, plan: QuantPlan, example: Tensor | None = None)
 
     Raises:
         ValueError: if the plan names a layer that is missing, of another class, quantized already, or did not
-            run on the example, or a weight or a batch norm's statistic holds NaN; nothing is changed then.
+            run on the example, an input's format is for weights, or a weight or a batch norm's statistic holds NaN;
+            nothing is changed then.
     """
     modules = dict(network.named_modules(remove_duplicate=False))
     for name in plan:
@@ -80,8 +81,10 @@ def quantize(network: nn.Module, plan: QuantPlan, example: Tensor | None = None)
             raise ValueError(f"plan: layer '{name}' did not run on the example, so its input is unknown")
         inputs[name] = _resolve(plan[name].input, trace, min(same))
         _check_values(name, modules[name])
-        for number_format in (plan[name].weight, inputs[name]):
-            Quantizer(number_format)  # an error for a format that has none yet
+        try:
+            Quantizer(inputs[name])
+        except ValueError as error:
+            raise ValueError(f"plan: input of layer '{name}': {error}") from None
     for layer_name, norm_name in trace.paired_norms().items():
         if modules[layer_name] in [modules[name] for name in plan]:
             _check_values(norm_name, modules[norm_name])
@@ -188,7 +191,8 @@ def plan_of(network: nn.Module) -> QuantPlan:
         for name, layer in layers.items()
     }
     quantizers = [q for layer in layers.values() for q in (layer.input_quantizer, layer.weight_quantizer)]
-    free = [q for q in quantizers if q.number_format.has_free_scale]
+    # The scales of pow2 are powers of two in any plan.
+    free = [q for q in quantizers if q.number_format.has_free_scale and q.number_format.kind != "pow2"]
     return QuantPlan(
         found,
         scale="power-of-two" if all(q.power_of_two for q in free) else "free",
@@ -221,7 +225,7 @@ def plan_of_state(state: Mapping[str, Tensor]) -> QuantPlan | None:
                 formats.append(QFormat.from_code(number_format))
             except ValueError as error:
                 raise ValueError(f"state: '{key}.format_code': {error}") from None
-            if formats[-1].has_free_scale:
+            if formats[-1].has_free_scale and formats[-1].kind != "pow2":
                 flags.append(bool(power_of_two))
             per_channel |= scale.dim() > 0
         layers[name] = LayerPlan(formats[0], {WHOLE: formats[1]})

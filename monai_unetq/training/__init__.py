@@ -1,7 +1,17 @@
 """Losses, schedules, calibration, handlers, the training loop for float and quantized networks, and prediction."""
 
 from .calibration import calibrate, freeze_norms, reestimate_norms
-from .handlers import BestModel, Calibration, Checkpoint, EpochSeed, Pack, PlanLog, QuantizationStats
+from .handlers import (
+    BestModel,
+    Calibration,
+    Checkpoint,
+    EpochSeed,
+    IncrementalFreezing,
+    Pack,
+    PlanLog,
+    QuantizationStats,
+    TernaryAnnealing,
+)
 from .losses import bce_dice_loss, soft_dice_loss
 from .predict import WholeSliceInferer, predict, predict_logits
 from .schedules import cosine, restart, step_decay
@@ -13,10 +23,12 @@ __all__ = [
     "Checkpoint",
     "EpochSeed",
     "History",
+    "IncrementalFreezing",
     "Pack",
     "PlanLog",
     "QuantizationStats",
     "Schedule",
+    "TernaryAnnealing",
     "WholeSliceInferer",
     "bce_dice_loss",
     "calibrate",

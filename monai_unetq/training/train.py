@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from ..datasets import Case
 from .calibration import freeze_norms
-from .handlers import EpochSeed
+from .handlers import EpochSeed, IncrementalFreezing, TernaryAnnealing
 from .handlers.checkpoint import save_checkpoint
 from .losses import bce_dice_loss
 from .predict import predict
@@ -155,12 +155,16 @@ def train(
         decollate=False,
     )
     trainer.logger.setLevel(logging.WARNING)
+    freezing = IncrementalFreezing(network, schedule.epochs)
+    freezing.attach(trainer)
+    TernaryAnnealing(network, schedule.epochs).attach(trainer)
     state = {
         "network": network,
         "optimizer": optimizer,
         "scheduler": scheduler,
         "trainer": trainer,
         "history": history,
+        "freezing": freezing,
     }
     if checkpoint is not None and checkpoint.exists():
         _restore(checkpoint, state, schedule)
@@ -289,6 +293,11 @@ def _restore(path: Path, objects: Mapping[str, Any], schedule: Schedule) -> None
         changed = sorted(k for k in vars(schedule) if found.get(k) != getattr(schedule, k))
         raise ValueError(
             f"{path}: made with another schedule ({', '.join(changed)} differ); delete it to start again"
+        )
+    missing = sorted(objects.keys() - document.keys())
+    if missing:
+        raise ValueError(
+            f"{path}: holds no {', '.join(missing)}, an older version's; delete it to start again"
         )
     for name, thing in objects.items():
         thing.load_state_dict(document[name])

@@ -56,6 +56,29 @@ def test_the_literal_mode_takes_the_bits_it_needs() -> None:
     assert cost_of(network, IMAGE).weight_bytes == -(-(33 * 6 + 5 * 32) // 8)  # 33 levels: 6 bits
 
 
+@pytest.mark.parametrize(
+    ("weights", "weight_bits"),
+    [
+        ("binary", 27 + 6),
+        ("ternary", 8 * (6 + 2)),  # five in a byte, 27 in 6 bytes, 6 in 2
+        ("pow2-3", 3 * 33),
+        ("pow2-5", 5 * 33),
+    ],
+)
+def test_low_bit_weights(weights: str, weight_bits: int) -> None:
+    network = tiny()
+    quantize(network, QuantPlan.uniform(network, weights, "int6"), IMAGE)
+    assert cost_of(network, IMAGE) == Cost(-(-(weight_bits + 5 * 32) // 8), (64 + 108) * 6 // 8)
+
+
+@pytest.mark.parametrize(("activations", "bits"), [("binary", 1), ("ternary", 2), ("uternary", 2)])
+def test_low_bit_activations(activations: str, bits: int) -> None:
+    """Ternary activations take 2 bits: they are not packed five in a byte."""
+    network = tiny()
+    quantize(network, QuantPlan.uniform(network, "ternary", activations), IMAGE)
+    assert cost_of(network, IMAGE).activation_bytes == -(-(64 + 108) * bits // 8)
+
+
 def test_batch_norms_count_until_they_are_folded() -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4)).eval()
     assert cost_of(network, IMAGE).weight_bytes == 4 * (36 + 8)

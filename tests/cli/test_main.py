@@ -32,6 +32,7 @@ DESCRIPTION = {
             "input": "UQ0.8",
             "parameters": 2000,
             "bytes": 1000,
+            "bits": 4.0,
             "codes": 16,
             "histogram": {"-8": 2000},
         }
@@ -151,7 +152,9 @@ def test_inspect_prints_network_sizes_and_layers(
     assert "network  monai_unetq.networks.fixed_point_unet.FixedPointUNet" in printed
     assert "file     1300 bytes" in printed
     assert "weights  1000 bytes (8.00 times smaller than 8000 bytes in float32)" in printed
-    assert printed.splitlines()[-1].split() == ["down.0.conv1", "Q0.4", "UQ0.8", "2000", "1000", "16"]
+    assert printed.splitlines()[-1].split() == [
+        *("down.0.conv1", "Q0.4", "UQ0.8", "2000", "1000", "4.00", "16")
+    ]
 
 
 def test_inspect_json_is_the_whole_description(

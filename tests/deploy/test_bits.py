@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from monai_unetq.deploy import bits as module
-from monai_unetq.deploy import pack_codes, unpack_codes
+from monai_unetq.deploy import (
+    pack_codes,
+    pack_digits,
+    pack_signs,
+    unpack_codes,
+    unpack_digits,
+    unpack_signs,
+)
 
 
 @st.composite
@@ -101,3 +110,106 @@ def test_bits_behind_the_last_code_are_refused() -> None:
     data[-1] |= 0x80
     with pytest.raises(ValueError, match="after the last code"):
         unpack_codes(data, 4, 0, 3)
+
+
+@given(st.lists(st.sampled_from([-1, 0, 1]), max_size=60))
+def test_digits_there_and_back(values: list[int]) -> None:
+    data = pack_digits(np.array(values, dtype=np.int32))
+    assert data.dtype == np.uint8
+    assert data.shape == (-(-len(values) // 5),)
+    for place, byte in enumerate(data.tolist()):
+        assert byte == sum((code + 1) * 3**i for i, code in enumerate(values[5 * place : 5 * place + 5]))
+    found = unpack_digits(data, len(values))
+    assert found.dtype == np.int32
+    assert found.tolist() == values
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1, 1, 1, 1, 1], [242]),
+        ([-1, -1, -1, -1, -1], [0]),
+        ([-1, 0, 1, -1, 0], [0 + 3 + 18 + 0 + 81]),
+        ([0, 0, 0, 0, 0, 1], [121, 2]),
+        ([1, -1, 0], [2 + 0 + 9]),
+        ([], []),
+    ],
+)
+def test_digits_by_hand(values: list[int], expected: list[int]) -> None:
+    assert pack_digits(np.array(values, dtype=np.int64)).tolist() == expected
+    assert unpack_digits(np.array(expected, np.uint8), len(values)).tolist() == values
+
+
+def test_every_byte_of_five_digits() -> None:
+    """All 243 bytes stand for different digits, and give themselves back."""
+    whole = np.arange(243, dtype=np.uint8)
+    codes = unpack_digits(whole, 5 * 243)
+    assert len({tuple(row) for row in codes.reshape(-1, 5).tolist()}) == 243
+    assert np.array_equal(pack_digits(codes), whole)
+
+
+@pytest.mark.parametrize("byte", [243, 244, 255])
+@pytest.mark.parametrize("place", [0, 2])
+def test_bytes_above_five_digits_are_refused(byte: int, place: int) -> None:
+    data = pack_digits(np.zeros(15, np.int8))
+    data[place] = byte
+    with pytest.raises(ValueError, match=f"byte {place} is {byte}, five ternary digits give 242 at most"):
+        unpack_digits(data, 15)
+
+
+@given(st.integers(1, 4), st.integers(0, 2), st.integers(1, 2))
+def test_digits_behind_the_last_code_are_refused(held: int, bytes_before: int, digit: int) -> None:
+    data = pack_digits(np.ones(5 * bytes_before + held, np.int8))
+    for place in range(held, 5):
+        longer = data.copy()
+        longer[-1] += digit * 3**place
+        with pytest.raises(ValueError, match="digits after the last code"):
+            unpack_digits(longer, 5 * bytes_before + held)
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4])
+def test_wrong_lengths_of_digits_are_refused(size: int) -> None:
+    with pytest.raises(
+        ValueError, match=f"found {size} bytes, expected 2 for 7 ternary digits, five in a byte"
+    ):
+        unpack_digits(np.zeros(size, np.uint8), 7)
+
+
+@pytest.mark.parametrize(
+    ("values", "found"), [([0, 2], "0 to 2"), ([-2, 1], "-2 to 1"), ([257, 0], "0 to 257")]
+)
+def test_codes_that_are_no_digits_are_refused(values: list[int], found: str) -> None:
+    with pytest.raises(ValueError, match=f"codes {found} are no ternary digits, expected -1, 0 or 1"):
+        pack_digits(np.array(values))
+
+
+@given(st.lists(st.sampled_from([-1, 1]), max_size=40))
+def test_signs_there_and_back(values: list[int]) -> None:
+    data = pack_signs(np.array(values, dtype=np.int32))
+    assert data.dtype == np.uint8
+    assert data.tobytes() == sum((v > 0) << i for i, v in enumerate(values)).to_bytes(
+        -(-len(values) // 8), "little"
+    )
+    found = unpack_signs(data, len(values))
+    assert found.dtype == np.int32
+    assert found.tolist() == values
+
+
+@pytest.mark.parametrize("foreign", [0, 2, -2, 255])
+def test_codes_that_are_no_signs_are_refused(foreign: int) -> None:
+    with pytest.raises(ValueError, match=f"the code {foreign} is no sign, expected -1 or 1"):
+        pack_signs(np.array([1, -1, foreign, 1]))
+
+
+def test_wrong_lengths_and_padding_of_signs_are_refused() -> None:
+    with pytest.raises(ValueError, match="found 1 bytes, expected 2 for 9 codes of 1 bits"):
+        unpack_signs(np.zeros(1, np.uint8), 9)
+    with pytest.raises(ValueError, match="after the last code"):
+        unpack_signs(np.array([255, 0b10], np.uint8), 9)
+
+
+@pytest.mark.parametrize("pack", [pack_signs, pack_digits])
+def test_signs_and_digits_of_any_shape_are_taken_in_c_order(pack: Callable[[np.ndarray], np.ndarray]) -> None:
+    values = np.where(np.arange(24) % 5 > 1, 1, -1).reshape(2, 3, 4).transpose(2, 0, 1)
+    assert np.array_equal(pack(values), pack(values.reshape(-1)))
+    assert not np.array_equal(pack(values), pack(values.transpose(1, 2, 0).reshape(-1)))

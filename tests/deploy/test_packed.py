@@ -19,7 +19,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
+from monai_unetq.allocation import cost_of
 from monai_unetq.deploy import inspect_packed, pack, unpack
+from monai_unetq.deploy import packed as packing
+from monai_unetq.deploy.coding import TernaryCoding
 from monai_unetq.formats import QFormat
 from monai_unetq.networks import FixedPointUNet
 from monai_unetq.plan import LayerPlan, QuantPlan
@@ -67,8 +70,13 @@ def read_independently(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray
     for key, shape in document["packed"].items():
         number_format = QFormat(document["plan"]["layers"][key.removesuffix(".weight")]["weight"])
         count, bits = int(np.prod(shape)), number_format.bits
+        if document.get("codings", {}).get(key) == "base3":
+            digits = np.stack([tensors[key] // 3**place % 3 for place in range(5)], axis=1)
+            codes[key] = digits.reshape(-1)[:count].astype(np.int64) - 1
+            continue
         stream = np.unpackbits(tensors[key], bitorder="little")[: count * bits].reshape(count, bits)
-        codes[key] = (stream * (1 << np.arange(bits))).sum(axis=1) + number_format.qmin
+        numbers = (stream * (1 << np.arange(bits))).sum(axis=1)
+        codes[key] = 2 * numbers - 1 if number_format.kind == "binary" else numbers + number_format.qmin
     return document, tensors, codes
 
 
@@ -353,11 +361,11 @@ def test_a_missing_file_or_a_folder(tmp_path: Path) -> None:
 
 def test_a_newer_version_is_named(packed: Path, tmp_path: Path) -> None:
     def newer(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-        document["version"] = 2
+        document["version"] = 3
         document["folded"] = {"another": "structure"}
 
     path = rewritten(packed, tmp_path / "newer.unetq", newer)
-    assert "packed format 2, this program reads 1: update monai-unetq" in refused(path)
+    assert "packed format 3, this program reads up to 2: update monai-unetq" in refused(path)
 
 
 def test_a_changed_header_or_tensor_is_refused(packed: Path, tmp_path: Path) -> None:
@@ -521,3 +529,301 @@ def test_a_network_with_other_functions_is_refused(tmp_path: Path) -> None:
     other.upsample[1] = nn.Upsample(scale_factor=2, mode="nearest")
     with pytest.raises(ValueError, match=r"'upsample\.1' is Upsample\(.*nearest"):
         unpack(path, other)
+
+
+# Weights, coding of ternary ones, and what the tests below expect to be stored for 36 and for 4 weights.
+LOW_BIT: dict[str, tuple[str, TernaryCoding, int, int]] = {
+    "binary": ("binary", "base3", 5, 1),  # 36 / 8 = 4.5, 4 / 8 = 0.5
+    "ternary": ("ternary", "base3", 8, 1),  # 36 / 5 = 7.2
+    "ternary, 2 bits": ("ternary", "2bit", 9, 1),
+    "pow2-3": ("pow2-3", "base3", 14, 2),  # 36 · 3 / 8 = 13.5, 12 / 8 = 1.5
+    "pow2-4": ("pow2-4", "base3", 18, 2),
+    "pow2-5": ("pow2-5", "base3", 23, 3),  # 22.5, 2.5
+    "pow2-6": ("pow2-6", "base3", 27, 3),
+}
+
+GRIDS: dict[str, dict[str, Any]] = {
+    "power of two": {},
+    "free": {"scale": "free"},
+    "per tensor": {"granularity": "tensor"},
+    "per tensor, free": {"granularity": "tensor", "scale": "free"},
+    "learned": {"learned": True},
+    "learned, free": {"learned": True, "scale": "free"},
+}
+
+
+@pytest.mark.parametrize(
+    ("weights", "grid", "activation"),
+    [
+        *((weights, grid, "relu") for weights in ("binary", "ternary") for grid in GRIDS),
+        *((weights, "free", "tanh") for weights in ("binary", "ternary", "ternary, 2 bits")),
+        # Scales of these are powers of two and are not learned, whatever the plan says.
+        ("pow2-3", "power of two", "relu"),
+        ("pow2-3", "learned, free", "tanh"),
+        ("pow2-5", "power of two", "tanh"),
+        ("pow2-5", "per tensor", "relu"),
+    ],
+)
+def test_low_bit_weights_there_and_back(weights: str, grid: str, activation: str, tmp_path: Path) -> None:
+    name, coding, *_ = LOW_BIT[weights]
+    options: dict[str, Any] = {"activation": activation, "upsample": "transposed"}
+    network = unet(**options)
+    quantize(network, QuantPlan.uniform(network, name, "int6", last="int8", **GRIDS[grid]), IMAGE)
+    calibrate(network, [IMAGE])
+    path = pack(network, tmp_path / "model.unetq", ternary=coding)
+    found = unpack(path, unet(seed=7, **options))
+    assert_same_network(found, network)
+    assert plan_of(found) == plan_of(network)
+    again = pack(found, tmp_path / "again.unetq", ternary=coding)
+    assert again.read_bytes() == path.read_bytes()
+    _, _, codes = read_independently(path)
+    layers = quantized_layers(found)
+    assert len(codes) == len(layers)
+    seen = set()
+    for key, values in codes.items():
+        layer = layers[key.removesuffix(".weight")]
+        expected = layer.weight_quantizer.codes(layer.output_major(layer.weight))
+        assert np.array_equal(values, expected.numpy().reshape(-1)), key
+        if layer.weight_quantizer.number_format == QFormat(name):
+            seen.update(values.tolist())
+    number_format = QFormat(name)
+    every = {*range(number_format.qmin, number_format.qmax + 1)} - ({0} if name == "binary" else set())
+    assert seen == every if number_format.bits < 4 else len(seen) > 8
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "activation"),
+    [
+        ("binary", "binary", "relu"),
+        ("binary", "binary", "tanh"),
+        ("ternary", "ternary", "relu"),
+        ("ternary", "ternary", "tanh"),
+        ("binary", "float", "relu"),
+        ("pow2-4", "Q4.0", "tanh"),
+    ],
+)
+def test_low_bit_activations_there_and_back(
+    weights: str, activations: str, activation: str, tmp_path: Path
+) -> None:
+    network = unet(activation=activation)
+    quantize(network, QuantPlan.uniform(network, weights, activations, input="UQ0.8", last="int8"), IMAGE)
+    calibrate(network, [IMAGE])
+    path = pack(network, tmp_path / "model.unetq")
+    assert_same_network(unpack(path, unet(seed=7, activation=activation)), network)
+    assert_same_network(unpack(path, unet(seed=8, activation=activation)), fold(network))
+
+
+@pytest.mark.parametrize("build", [grouped, twice_named])
+@pytest.mark.parametrize("weights", ["binary", "ternary", "pow2-4"])
+def test_low_bit_weights_of_other_networks(
+    build: Callable[[], nn.Module], weights: str, tmp_path: Path
+) -> None:
+    name, coding, *_ = LOW_BIT[weights]
+    network, image = build(), torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    quantize(network, QuantPlan.uniform(network, name, "int6", scale="free"), image)
+    calibrate(network, [image])
+    path = pack(network, tmp_path / "model.unetq", ternary=coding)
+    target = build()
+    with torch.no_grad():
+        for parameter in target.parameters():
+            parameter.add_(1.0)
+    assert_same_network(unpack(path, target), network, image)
+
+
+@pytest.mark.parametrize("weights", list(LOW_BIT))
+def test_low_bit_weights_take_the_bytes_that_were_counted_by_hand(weights: str, tmp_path: Path) -> None:
+    name, coding, first, last = LOW_BIT[weights]
+    network = small()
+    quantize(network, QuantPlan.uniform(network, name, "int6", input="UQ0.8"), IMAGE)
+    path = pack(network, tmp_path / "model.unetq", ternary=coding)
+    document, tensors, _ = read_independently(path)
+    assert tensors["0.weight"].nbytes == first
+    assert tensors["3.weight"].nbytes == last
+    ternary = {"0.weight": coding, "3.weight": coding} if name == "ternary" else None
+    assert document.get("codings") == ternary
+    assert document["version"] == (2 if ternary else 1)
+    held = inspect_packed(path)
+    assert held["weight_bytes"] == first + last
+    assert [layer["bytes"] for layer in held["layers"]] == [first, last]
+    assert [layer["bits"] for layer in held["layers"]] == [8 * first / 36, 8 * last / 4]
+
+
+@pytest.mark.parametrize(("weights", "mebibytes", "in_a_byte"), [("binary", 0.57, 8), ("ternary", 0.92, 5)])
+def test_low_bit_weights_of_the_papers_network(
+    weights: str, mebibytes: float, in_a_byte: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    network, image = FixedPointUNet(1, 1).eval(), torch.zeros(1, 1, 8, 8)
+    assert sum(p.numel() for p in network.parameters()) == 4_837_249
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    counts = [m.weight.numel() for m in layers]
+    quantize(network, QuantPlan.uniform(network, weights, "int4"), image)
+    held = inspect_packed(pack(network, tmp_path / "model.unetq"))
+    assert held["weight_bytes"] == sum(-(-count // in_a_byte) for count in counts)
+    assert held["weight_bytes"] / 2**20 == pytest.approx(mebibytes, abs=0.006)
+    assert 8 * held["weight_bytes"] / sum(counts) == pytest.approx(8 / in_a_byte, abs=1e-4)
+    # What the cost counts is what the file holds, and a bias for each channel when the norms are folded.
+    beside = 4 * sum(m.out_channels for m in layers)
+    assert cost_of(fold(network), image).weight_bytes == held["weight_bytes"] + beside
+
+
+@pytest.fixture(scope="module")
+def ternary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small packed network with ternary weights, five in a byte, and one layer of int4."""
+    network = small()
+    quantize(network, QuantPlan.uniform(network, "ternary", "int6", input="UQ0.8", last="int4"), IMAGE)
+    return pack(network, tmp_path_factory.mktemp("ternary") / "model.unetq")
+
+
+def forged(packed: Path, path: Path, change: Callable[[dict[str, Any], dict[str, np.ndarray]], None]) -> Path:
+    """``rewritten``, with the checksum of what it holds: only the content can give it away."""
+
+    def change_and_sign(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        change(document, tensors)
+        del document["checksum"]
+        held = {key: torch.from_numpy(value) for key, value in tensors.items()}
+        document["checksum"] = packing._checksum(document, held)
+
+    return rewritten(packed, path, change_and_sign)
+
+
+def header_of(path: Path) -> str:
+    with safe_open(path, framework="numpy") as file:
+        text: str = file.metadata()[KEY]
+    return text
+
+
+def refused_everywhere(path: Path) -> str:
+    """``refused`` by ``unpack``, and with the same words by ``inspect_packed``."""
+    found = refused(path)
+    with pytest.raises(ValueError) as caught:
+        inspect_packed(path)
+    assert str(caught.value) == found
+    return found
+
+
+@pytest.mark.parametrize("byte", [243, 250, 255])
+def test_a_byte_above_five_digits_is_refused(ternary: Path, byte: int, tmp_path: Path) -> None:
+    def change(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        tensors["0.weight"][3] = byte
+
+    path = forged(ternary, tmp_path / "forged.unetq", change)
+    assert (
+        refused_everywhere(path)
+        == f"{path}: '0.weight': byte 3 is {byte}, five ternary digits give 242 at most"
+    )
+
+
+def test_digits_behind_the_last_weight_are_refused(ternary: Path, tmp_path: Path) -> None:
+    def change(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        tensors["0.weight"][-1] = 3 + tensors["0.weight"][-1] % 3  # 36 weights: one digit in the last byte
+
+    path = forged(ternary, tmp_path / "forged.unetq", change)
+    assert refused_everywhere(path) == f"{path}: '0.weight': the digits after the last code are not zero"
+
+
+@pytest.mark.parametrize("removed", [1, 8])
+def test_ternary_weights_that_are_too_short_are_refused(ternary: Path, removed: int, tmp_path: Path) -> None:
+    def change(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        tensors["0.weight"] = tensors["0.weight"][:-removed].copy()
+
+    path = forged(ternary, tmp_path / "forged.unetq", change)
+    assert f"'0.weight': found {8 - removed} bytes, expected 8 for 36 ternary digits" in refused_everywhere(
+        path
+    )
+
+
+@pytest.mark.parametrize("coding", ["base4", "", None, 3, ["base3"]])
+def test_a_foreign_coding_is_refused(ternary: Path, coding: object, tmp_path: Path) -> None:
+    def change(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        document["codings"]["0.weight"] = coding
+
+    path = forged(ternary, tmp_path / "forged.unetq", change)
+    assert refused_everywhere(path) == (
+        f"{path}: '0.weight': {coding!r} is no coding of ternary weights, expected 'base3' or '2bit'"
+    )
+
+
+def test_another_coding_than_the_one_it_was_stored_with_is_refused(ternary: Path, tmp_path: Path) -> None:
+    def other(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        document["codings"]["0.weight"] = "2bit"
+
+    def none(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        del document["codings"]["0.weight"]
+
+    for number, change in enumerate((other, none)):
+        path = forged(ternary, tmp_path / f"{number}.unetq", change)
+        assert "'0.weight': found 8 bytes, expected 9 for 36 codes of 2 bits" in refused_everywhere(path)
+
+
+def test_codings_of_what_is_not_ternary_are_refused(ternary: Path, tmp_path: Path) -> None:
+    def of_integers(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        document["codings"]["3.weight"] = "base3"
+
+    def of_nothing(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        document["codings"]["9.weight"] = "base3"
+
+    path = forged(ternary, tmp_path / "integers.unetq", of_integers)
+    assert "'3.weight' has the coding 'base3', but is int4, not ternary" in refused_everywhere(path)
+    path = forged(ternary, tmp_path / "nothing.unetq", of_nothing)
+    assert "a coding for '9.weight', which is no packed weight" in refused_everywhere(path)
+
+
+@pytest.mark.parametrize("codings", [None, [], "base3"])
+def test_codings_that_are_no_mapping_are_refused(ternary: Path, codings: object, tmp_path: Path) -> None:
+    def change(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        document["codings"] = codings
+
+    path = forged(ternary, tmp_path / "forged.unetq", change)
+    assert "'codings' is missing from its header or no dict" in refused_everywhere(path)
+
+
+def test_a_code_beyond_the_format_is_refused(tmp_path: Path) -> None:
+    """Four bits hold -4 to 11, pow2-4 has codes up to 4."""
+    network = small()
+    quantize(network, QuantPlan.uniform(network, "pow2-4", "int6"), IMAGE)
+
+    def change(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        tensors["3.weight"][0] = 15 << 4 | 4  # codes 0 and 11
+
+    path = forged(pack(network, tmp_path / "model.unetq"), tmp_path / "forged.unetq", change)
+    found = refused_everywhere(path)
+    assert f"{path}: '3.weight': found codes " in found
+    assert found.endswith(" to 11, those of pow2-4 are -4 to 4")
+
+
+def test_files_of_version_1_still_load(ternary: Path, packed: Path, tmp_path: Path) -> None:
+    """They have no entry for codings; ternary weights stand at 2 bits in them."""
+    assert json.loads(header_of(packed))["version"] == 1  # what can be said in version 1 is
+    assert "codings" not in json.loads(header_of(packed))
+    expected, other = small(), small()
+    unpack(ternary, expected)
+
+    def older(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        assert document.pop("codings") == {"0.weight": "2bit"}
+        document["version"] = 1
+
+    two_bits = pack(expected, tmp_path / "model.unetq", ternary="2bit")
+    path = forged(two_bits, tmp_path / "older.unetq", older)
+    assert_same_network(unpack(path, other), expected)
+    assert inspect_packed(path)["layers"] == inspect_packed(two_bits)["layers"]
+
+
+def test_truncated_ternary_files_are_refused(ternary: Path, tmp_path: Path) -> None:
+    data = ternary.read_bytes()
+    path = tmp_path / "cut.unetq"
+    for length in np.linspace(0, len(data) - 1, 20).astype(int):
+        path.write_bytes(data[:length])
+        assert "truncated, corrupted" in refused_everywhere(path)
+
+
+@pytest.mark.parametrize("weights", ["ternary", "int4"])
+def test_an_unknown_coding_is_not_packed(weights: str, tmp_path: Path) -> None:
+    network = small()
+    quantize(network, QuantPlan.uniform(network, weights, "int6"), IMAGE)
+    path = tmp_path / "model.unetq"
+    with pytest.raises(
+        ValueError, match="'base4' is no coding of ternary weights, expected 'base3' or '2bit'"
+    ):
+        pack(network, path, ternary="base4")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []

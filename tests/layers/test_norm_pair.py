@@ -32,7 +32,18 @@ SCALES: list[tuple[str, dict[str, Any]]] = [
     ("int8", {"power_of_two": False}),
     ("int4", {"power_of_two": False, "learned": True}),
     ("int4", {"power_of_two": False, "per_channel": False}),
+    ("pow2-3", {}),
+    ("pow2-5", {"per_channel": False}),
 ]
+UNIFORM = [s for s in SCALES if not s[0].startswith("pow2")]
+LOW_BIT: list[tuple[str, dict[str, Any]]] = [
+    (weight, {"power_of_two": power_of_two, "per_channel": per_channel, "learned": learned})
+    for weight in ("binary", "ternary")
+    for power_of_two in (True, False)
+    for per_channel in (True, False)
+    for learned in (True, False)
+]
+LOW_BIT_IDS = [f"{weight}-{'-'.join(name for name, on in o.items() if on)}" for weight, o in LOW_BIT]
 SCALE_IDS = [f"{weight}-{'-'.join(o)}" for weight, o in SCALES]
 FREE = [s for s in SCALES if "power_of_two" in s[1] and "per_channel" not in s[1]]
 """Those that take γ/√(σ²+ε) into the scale."""
@@ -122,7 +133,7 @@ def test_sync_batch_norm_passes_its_input_on_in_evaluation() -> None:
 
 
 @pytest.mark.parametrize(("cls", "options"), LAYERS, ids=IDS)
-@pytest.mark.parametrize(("weight", "scale"), SCALES, ids=SCALE_IDS)
+@pytest.mark.parametrize(("weight", "scale"), UNIFORM, ids=SCALE_IDS[: len(UNIFORM)])
 def test_weight_quantizer_sees_the_folded_weight(
     cls: type[nn.Module], options: dict[str, Any], weight: str, scale: dict[str, Any]
 ) -> None:
@@ -145,7 +156,25 @@ def test_weight_quantizer_sees_the_folded_weight(
 
 
 @pytest.mark.parametrize(("cls", "options"), LAYERS, ids=IDS)
-@pytest.mark.parametrize(("weight", "scale"), SCALES, ids=SCALE_IDS)
+@pytest.mark.parametrize(("weight", "powers", "per_channel"), [("pow2-3", 2, True), ("pow2-5", 8, False)])
+def test_powers_of_two_are_those_nearest_to_the_folded_weight(
+    cls: type[nn.Module], options: dict[str, Any], weight: str, powers: int, per_channel: bool
+) -> None:
+    network, _ = float_pair(cls, options)
+    exact, _ = folded(network)
+    layer = pair(network, weight, per_channel=per_channel)[0]
+    rounded = layer.effective_parameters()[0].detach().double()
+    step = by_output_channel(layer, layer.weight_quantizer.scale.double().expand(8))
+    small = exact.abs() < step / 2
+    assert bool((rounded[small] == 0).all())
+    top = (exact.abs() >= 1.5 * 2.0 ** (powers - 1) * step) & ~small
+    assert not top.any(), "the scale is that of the largest weight"
+    ratio = (rounded / exact)[~small & (exact.abs() >= 0.75 * step)]
+    assert bool(((ratio > 2 / 3) & (ratio <= 4 / 3)).all())
+
+
+@pytest.mark.parametrize(("cls", "options"), LAYERS, ids=IDS)
+@pytest.mark.parametrize(("weight", "scale"), [*SCALES, *LOW_BIT], ids=[*SCALE_IDS, *LOW_BIT_IDS])
 def test_evaluation_is_what_fold_leaves(
     cls: type[nn.Module], options: dict[str, Any], weight: str, scale: dict[str, Any]
 ) -> None:
@@ -185,7 +214,11 @@ def test_float_formats_compute_the_float_pair(cls: type[nn.Module], options: dic
     torch.testing.assert_close(network(image), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("weight", "scale"), SCALES, ids=SCALE_IDS)
+@pytest.mark.parametrize(
+    ("weight", "scale"),
+    # One scale for all channels cannot hold the gain of one, which binary and ternary codes do not know.
+    [*SCALES, *(s for s in LOW_BIT if s[1]["per_channel"])],
+)
 def test_channel_with_gamma_zero_is_its_beta(weight: str, scale: dict[str, Any]) -> None:
     # Its folded weight is zero, which must neither lose the bias nor make anything NaN.
     network, image = float_pair(nn.Conv2d, {"kernel_size": 3})
@@ -260,7 +293,7 @@ def test_float_formats_train_as_the_float_pair(cls: type[nn.Module], options: di
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-4 * scale)
 
 
-@pytest.mark.parametrize(("weight", "scale"), SCALES, ids=SCALE_IDS)
+@pytest.mark.parametrize(("weight", "scale"), [*SCALES, *LOW_BIT], ids=[*SCALE_IDS, *LOW_BIT_IDS])
 def test_training_normalizes_with_the_batch_and_follows_its_statistics(
     weight: str, scale: dict[str, Any]
 ) -> None:
@@ -304,7 +337,7 @@ def test_statistics_of_training_make_evaluation_the_same() -> None:
     torch.testing.assert_close(network.eval()(image), trained, rtol=1e-3, atol=5e-3)
 
 
-@pytest.mark.parametrize(("weight", "scale"), SCALES, ids=SCALE_IDS)
+@pytest.mark.parametrize(("weight", "scale"), [*SCALES, *LOW_BIT], ids=[*SCALE_IDS, *LOW_BIT_IDS])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradients_reach_weight_gamma_and_beta(weight: str, scale: dict[str, Any], frozen: bool) -> None:
     network, image = float_pair(nn.Conv2d, {"kernel_size": 3})
@@ -350,7 +383,7 @@ def test_gradients_of_a_fine_grid_are_those_of_the_float_pair() -> None:
 def test_vanishing_gamma_trains_without_nan() -> None:
     network, image = float_pair(nn.Conv2d, {"kernel_size": 3})
     for gamma in (0.0, 1e-30, -1e-13, 1e-11):
-        for weight, scale in SCALES:
+        for weight, scale in (*SCALES, *LOW_BIT):
             trained = pair(copy.deepcopy(network), weight, **scale).train()
             with torch.no_grad():
                 trained[1].weight.fill_(gamma)
@@ -358,6 +391,106 @@ def test_vanishing_gamma_trains_without_nan() -> None:
             out.square().sum().backward()
             assert bool(out.isfinite().all()), (gamma, weight, scale)
             assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in trained.parameters())
+
+
+# Binary and ternary weights
+
+
+def tiny_pair(weight: str, **options: Any) -> Any:
+    """Two channels with the weights (0.5, -1.5) and (3, 1), γ/σ = -3 and 0.4, μ = (1, -2), β = (0.25, 0.5)."""
+    network: Any = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False), nn.BatchNorm2d(2, eps=0.0)).eval()
+    with torch.no_grad():
+        network[0].weight.copy_(torch.tensor([[0.5, -1.5], [3.0, 1.0]]).view(2, 2, 1, 1))
+        network[1].weight.copy_(torch.tensor([-6.0, 0.2]))
+        network[1].running_var.copy_(torch.tensor([4.0, 0.25]))
+        network[1].running_mean.copy_(torch.tensor([1.0, -2.0]))
+        network[1].bias.copy_(torch.tensor([0.25, 0.5]))
+    return pair(network, weight, "float", **options)
+
+
+@pytest.mark.parametrize(
+    ("weight", "options", "expected", "bias"),
+    [
+        # Mean magnitudes 1 and 2; the gains -3 and 0.4 go into the scale.
+        ("binary", {"power_of_two": False}, [[-3.0, 3.0], [0.8, 0.8]], [0.25 + 3, 0.5 + 0.8]),
+        # Powers of two: 1 and 2; |gain| → 4 (log2 3 = 1.58) and 0.5 (log2 0.4 = -1.3).
+        ("binary", {}, [[-4.0, 4.0], [1.0, 1.0]], [0.25 + 4, 0.5 + 1.0]),
+        # One scale: mean magnitude 1.5, mean gain 1.7.
+        ("binary", {"power_of_two": False, "per_channel": False}, [[-2.55, 2.55], [2.55, 2.55]], [1.95, 3.9]),
+        # … as powers of two: 2 (log2 1.5 = 0.58) and 2 (log2 1.7 = 0.77).
+        ("binary", {"per_channel": False}, [[-4.0, 4.0], [4.0, 4.0]], [2.25, 4.5]),
+        # Thresholds 0.7 and 1.4: only 1.5 and 3 are left.
+        ("ternary", {"power_of_two": False}, [[0.0, 4.5], [1.2, 0.0]], [3.25, 1.3]),
+        ("ternary", {}, [[0.0, 8.0], [2.0, 0.0]], [4.25, 1.5]),
+        # Threshold 0.7 · 1.5 = 1.05, scale 2.25.
+        ("ternary", {"power_of_two": False, "per_channel": False}, [[0.0, 3.825], [3.825, 0.0]], [1.95, 3.9]),
+    ],
+)
+def test_folded_low_bit_weights_by_hand(
+    weight: str, options: dict[str, Any], expected: list[list[float]], bias: list[float]
+) -> None:
+    found = tiny_pair(weight, **options)[0].effective_parameters()
+    torch.testing.assert_close(found[0].flatten(1).detach(), torch.tensor(expected))
+    torch.testing.assert_close(found[1].detach(), torch.tensor(bias))
+
+
+@pytest.mark.parametrize(("weight", "scale"), LOW_BIT, ids=LOW_BIT_IDS)
+def test_running_statistics_settle(weight: str, scale: dict[str, Any]) -> None:
+    """Training with the scale's quotient by the gain would drive them away: σ feeds back into the gain."""
+    network, _ = float_pair(nn.Conv2d, {"kernel_size": 3})
+    image = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    pair(network, weight, "float", **scale).train()
+    variances = []
+    for _ in range(3):
+        for _ in range(100):
+            trained = network(image)
+        variances.append(network[1].running_var.clone())
+    torch.testing.assert_close(variances[1], variances[2], rtol=1e-4, atol=0)
+    evaluated = network.eval()(image)
+    gain = network[1].weight.detach().abs() > 0
+    ratio = (evaluated.std(dim=(0, 2, 3)) / trained.std(dim=(0, 2, 3)))[gain].detach()
+    if scale["per_channel"]:  # then evaluation is training, up to a gain that is rounded to a power of two
+        apart = 2**0.5 if scale["power_of_two"] else 1.0
+        assert bool(((ratio > 0.99 / apart) & (ratio < 1.01 * apart)).all())
+    torch.testing.assert_close(evaluated.mean(dim=(0, 2, 3)), trained.mean(dim=(0, 2, 3)), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("power_of_two", [True, False])
+@pytest.mark.parametrize("weight", ["binary", "ternary"])
+def test_gamma_of_a_frozen_norm_moves_the_scale(weight: str, power_of_two: bool) -> None:
+    """γ gets the gradient of a gain on the convolution's result and its mean, rounded straight through."""
+    network, image = float_pair(nn.Conv2d, {"kernel_size": 3})
+    with torch.no_grad():
+        network[1].weight[2] = 0.3
+    pair(network, weight, "float", power_of_two=power_of_two)
+    layer, norm = network
+    norm.frozen = True
+    network.train()
+    upstream = torch.randn(3, 8, 6, 7, generator=torch.Generator().manual_seed(1))
+    network(image).backward(upstream)
+    with torch.no_grad():
+        gain = norm.gain()
+        rounded = 2.0 ** gain.abs().log2().round() * gain.sign() if power_of_two else gain
+        codes = layer.weight_quantizer(layer.folded_weight()) * gain.sign().view(-1, 1, 1, 1)
+        # In the logarithm the rounded gain moves as the gain does: its derivative by γ is rounded / γ.
+        centered = nn.functional.conv2d(image, codes, layer.bias) - norm.running_mean.view(-1, 1, 1)
+        expected = (upstream * centered).sum(dim=(0, 2, 3)) * rounded / norm.weight
+    shift_only = (
+        upstream.sum(dim=(0, 2, 3)) * (layer.bias - norm.running_mean) * rounded / norm.weight
+    ).detach()
+    through_shift = norm.weight.grad
+    assert through_shift is not None
+    assert float((through_shift - shift_only).abs().max()) > 1.0, "the convolution's share is missing"
+    torch.testing.assert_close(through_shift, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("weight", "scale"), LOW_BIT, ids=LOW_BIT_IDS)
+def test_quantizers_that_are_off_leave_the_float_pair(weight: str, scale: dict[str, Any]) -> None:
+    network, image = float_pair(nn.ConvTranspose2d, {"kernel_size": 3, "groups": 2})
+    expected = network(image)
+    pair(network, weight, **scale)
+    network[0].weight_quantizer.enabled = network[0].input_quantizer.enabled = False
+    torch.testing.assert_close(network(image), expected, rtol=1e-4, atol=1e-5)
 
 
 # Freezing

@@ -209,7 +209,7 @@ def test_output_major_order_and_back(groups: int) -> None:
     channels = torch.stack(list(channel_views(layer)))
     quantize_layer(layer, QFormat("Q0.4"), QFormat("float"))
     assert torch.equal(layer.output_major(layer.weight), channels)
-    assert torch.equal(layer._from_output_major(channels), layer.weight)
+    assert torch.equal(layer.from_output_major(channels), layer.weight)
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
@@ -237,6 +237,35 @@ def test_float_formats_change_nothing() -> None:
         layer, image = build(cls, options)
         expected = layer(image)
         assert torch.equal(quantize_layer(layer, QFormat("float"), QFormat("float"))(image), expected)
+
+
+@pytest.mark.parametrize(("cls", "options"), CASES, ids=IDS)
+def test_binary_ternary_and_power_of_two_weights_are_per_output_channel(
+    cls: type[nn.Module], options: dict[str, Any]
+) -> None:
+    """Every output channel's weights by the papers' formulas, in a loop and float64."""
+    for spelling in ("binary", "ternary", "pow2-3"):
+        layer, _ = build(cls, options)
+        expected = []
+        for values in channel_views(layer):
+            w = values.double()
+            size = w.abs()
+            if spelling == "binary":
+                row = size.mean() * torch.where(w >= 0, 1.0, -1.0)
+            elif spelling == "ternary":
+                kept = size > 0.7 * size.mean()
+                row = size[kept].mean() * w.sign() * kept
+            else:
+                top = 2.0 ** math.floor(math.log2(4 * size.max().item() / 3))
+                row = w.sign() * torch.where(
+                    size >= 0.75 * top, top, torch.where(size >= top / 4, top / 2, 0.0)
+                )
+            expected.append(row.float())
+        quantize_layer(layer, QFormat(spelling), QFormat("float"), power_of_two=False)
+        rounded = copy.deepcopy(layer)
+        rounded.weight.data = weight_bits(layer)
+        for found, row in zip(channel_views(rounded), expected, strict=True):
+            torch.testing.assert_close(found, row, rtol=1e-5, atol=0)
 
 
 # Bias
@@ -414,7 +443,7 @@ def test_training_under_autocast_reaches_every_parameter() -> None:
 
 
 @pytest.mark.parametrize(("cls", "options"), CASES, ids=IDS)
-@pytest.mark.parametrize("weight", ["Q0.4", "int4", "Q0.4:literal"])
+@pytest.mark.parametrize("weight", ["Q0.4", "int4", "Q0.4:literal", "binary", "ternary", "pow2-4"])
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_codes_restore_the_rounded_weight(
     cls: type[nn.Module], options: dict[str, Any], weight: str, per_channel: bool
@@ -474,12 +503,10 @@ def test_quantizing_twice_is_refused() -> None:
     assert str(layer.weight_quantizer.number_format) == "Q0.4"
 
 
-@pytest.mark.parametrize("problem", ["weight format", "input format", "NaN", "infinity"])
+@pytest.mark.parametrize("problem", ["input format", "NaN", "infinity"])
 def test_refused_layer_stays_as_it_was(problem: str) -> None:
     layer, image = build(nn.Conv2d, {"kernel_size": 3})
-    formats = {"weight format": ("ternary", "int8"), "input format": ("int8", "binary")}.get(
-        problem, ("int8", "int8")
-    )
+    formats = ("int8", "pow2-4") if problem == "input format" else ("int8", "int8")
     if problem in ("NaN", "infinity"):
         layer.weight.data[0, 0, 0, 0] = math.nan if problem == "NaN" else math.inf
     expected, attributes = layer(image), set(vars(layer))

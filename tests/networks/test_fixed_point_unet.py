@@ -28,7 +28,7 @@ def test_every_convolution_is_3x3_and_all_but_the_last_have_batch_norm() -> None
 
 @pytest.mark.parametrize(
     ("spatial_dims", "activation", "upsample"),
-    list(itertools.product((2, 3), ("relu", "tanh"), ("linear", "transposed"))),
+    list(itertools.product((2, 3), ("relu", "tanh", "hardtanh"), ("linear", "transposed"))),
 )
 def test_output_has_the_images_size(spatial_dims: int, activation: Any, upsample: Any) -> None:
     network = FixedPointUNet(
@@ -38,7 +38,7 @@ def test_output_has_the_images_size(spatial_dims: int, activation: Any, upsample
     out = network(torch.rand(1, 2, *sizes))
     assert out.shape == (1, 3, *sizes)
     assert torch.isfinite(out).all()
-    activations = nn.ReLU if activation == "relu" else nn.Tanh
+    activations = {"relu": nn.ReLU, "tanh": nn.Tanh, "hardtanh": nn.Hardtanh}[activation]
     assert sum(isinstance(m, activations) for m in network.modules()) == 14
     transposed = [m for m in network.modules() if isinstance(m, (nn.ConvTranspose2d, nn.ConvTranspose3d))]
     assert len(transposed) == (3 if upsample == "transposed" else 0)
@@ -104,10 +104,30 @@ def test_wrong_shapes_are_refused(spatial_dims: int, shape: tuple[int, ...], mes
         ({"in_channels": 1, "out_channels": 0}, "out_channels is 0"),
         ({"in_channels": 1, "out_channels": 1, "width": 0}, "width is 0"),
         ({"in_channels": 1, "out_channels": 1, "spatial_dims": 1}, "spatial_dims is 1"),
-        ({"in_channels": 1, "out_channels": 1, "activation": "gelu"}, "'gelu'.*'relu' or 'tanh'"),
+        (
+            {"in_channels": 1, "out_channels": 1, "activation": "gelu"},
+            "'gelu', expected one of 'relu', 'tanh', 'hardtanh'",
+        ),
         ({"in_channels": 1, "out_channels": 1, "upsample": "nearest"}, "'nearest'.*'linear' or 'transposed'"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FixedPointUNet(**arguments)
+
+
+def test_dropout_acts_in_training_only_and_adds_no_state() -> None:
+    network = FixedPointUNet(1, 1, width=2, dropout=0.5)
+    assert network.state_dict().keys() == FixedPointUNet(1, 1, width=2).state_dict().keys()
+    assert [m.p for m in network.modules() if isinstance(m, nn.Dropout)] == [0.5] * 7
+    image = torch.rand(1, 1, 32, 32)
+    assert torch.equal(network.eval()(image), network(image))
+    block = network.train().encoder[0]
+    ones = torch.ones(1, 2, 64, 64)
+    assert 0.4 < float((block.dropout(ones) == 0).float().mean()) < 0.6  # type: ignore[operator]
+
+
+def test_hardtanh_saturates_where_tanh_bends() -> None:
+    block = FixedPointUNet(1, 1, width=1, activation="hardtanh").encoder[0]
+    values = torch.tensor([-3.0, -1.0, -0.25, 0.5, 7.0])
+    assert torch.equal(block.act1(values), torch.tensor([-1.0, -1.0, -0.25, 0.5, 1.0]))  # type: ignore[operator]

@@ -250,3 +250,34 @@ def test_observer_shows_nan_to_the_search() -> None:
     observer.update(batch)
     with pytest.raises(ValueError, match="NaN"):
         observer.scale(QFormat("int8"), "mse", True)
+
+
+@settings(max_examples=40)
+@given(matrices(), st.sampled_from(METHODS))
+def test_binary_scale_is_the_least_squares_optimum_whatever_the_method(
+    rows: Tensor, method: RangeMethod
+) -> None:
+    # XNOR-Net, equation 6. Error of ±scale: Σ(w - scale · sign(w))².
+    rows = rows[rows.abs().amax(1) > 1e-4]
+    if not len(rows):
+        return
+    scale = find_scale(rows, QFormat("binary"), method, False)
+
+    def squared(scale: Tensor) -> Tensor:
+        return (rows.abs().double() - scale.double()[:, None]).square().sum(1)
+
+    for factor in (0.99, 1.01):
+        assert bool((squared(scale) < squared(scale * factor)).all())
+    assert is_power_of_two(find_scale(rows, QFormat("binary"), method, True))
+
+
+def test_binary_scale_of_nothing_is_that_of_the_others() -> None:
+    rows = torch.tensor([[0.0, 0.0], [3.0, -1.0], [0.5, 0.5]])
+    assert find_scale(rows, QFormat("binary"), "mse", False).tolist() == [2.0, 2.0, 0.5]
+    assert find_scale(torch.zeros(1, 3), QFormat("binary"), "mse", False).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("spelling", ["binary", "pow2-4"])
+def test_formulas_refuse_nan_too(spelling: str) -> None:
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        find_scale(torch.tensor([[1.0, math.nan]]), QFormat(spelling), "mse", True)

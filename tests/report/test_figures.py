@@ -16,11 +16,10 @@ import monai_unetq.report
 
 pytest.importorskip("matplotlib", reason="figures need the extra 'report'")
 
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from monai_unetq.report import figures, segmentation_figure, size_figure, training_figure, weight_figure
+from monai_unetq.report import segmentation_figure, size_figure, training_figure, weight_figure
 
 
 def row(name: str, size: int, dice: float, half_width: float | None) -> dict[str, Any]:
@@ -46,20 +45,6 @@ LAYERS: list[dict[str, Any]] = [
     {"name": "second", "weight": "Q0.4", "histogram": {"-1": 1, "7": 1}},
     {"name": "last", "weight": "float", "histogram": None},
 ]
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were saved."""
-    saved: list[Figure] = []
-    save = Figure.savefig
-
-    def savefig(self: Figure, *args: Any, **kwargs: Any) -> None:
-        save(self, *args, **kwargs)
-        saved.append(self)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    return saved
 
 
 def mask(*zeros: tuple[int, int]) -> np.ndarray:
@@ -111,51 +96,6 @@ def test_a_failed_save_keeps_the_older_file(tmp_path: Path, monkeypatch: pytest.
         size_figure(ROWS, path)
     assert path.read_bytes() == b"older"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_segmentation_colours_found_invented_and_missed(tmp_path: Path, drawn: list[Figure]) -> None:
-    label, prediction = mask((1, 1), (2, 2), (3, 3)), mask((1, 1), (2, 2), (6, 6))
-    segmentation_figure(np.zeros((1, 8, 8), np.float32), label, {"net": prediction}, tmp_path / "a.png")
-    (figure,) = drawn
-    panel = figure.axes[2]
-    assert panel.get_title() == "net (membrane Dice 66.7)"
-    picture = panel.images[0]
-    shown = np.asarray(picture.to_rgba(np.asarray(picture.get_array())))[..., :3]
-    for (y, x), color in {
-        (1, 1): figures._FOUND,
-        (6, 6): figures._INVENTED,
-        (3, 3): figures._MISSED,
-        (0, 0): "white",
-    }.items():
-        assert tuple(shown[y, x]) == pytest.approx(to_rgb(color))
-    texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert len(texts) == 3
-    colors = [patch.get_facecolor()[:3] for patch in figure.legends[0].get_patches()]
-    assert colors == [to_rgb(c) for c in (figures._FOUND, figures._INVENTED, figures._MISSED)]
-
-
-def test_segmentation_of_many_networks(tmp_path: Path, drawn: list[Figure]) -> None:
-    predictions = {f"net {i}": mask((i, i)) for i in range(8)}
-    segmentation_figure(np.zeros((1, 8, 8), np.float32), mask((1, 1)), predictions, tmp_path / "a.png")
-    titles = [axis.get_title() for axis in drawn[0].axes if axis.images]
-    assert len(titles) == 10
-    assert titles[-1].startswith("net 7")
-
-
-def test_segmentation_without_membrane_has_dice_100(tmp_path: Path, drawn: list[Figure]) -> None:
-    segmentation_figure(np.zeros((1, 8, 8), np.float32), mask(), {"net": mask()}, tmp_path / "a.png")
-    assert drawn[0].axes[2].get_title() == "net (membrane Dice 100.0)"
-
-
-def test_segmentation_names_what_has_another_shape(tmp_path: Path) -> None:
-    image = np.zeros((1, 8, 8), np.float32)
-    with pytest.raises(ValueError, match=r"prediction 'net' has shape \(1, 8, 9\)"):
-        segmentation_figure(image, mask(), {"net": np.ones((1, 8, 9), np.uint8)}, tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"label has shape \(8, 8\)"):
-        segmentation_figure(image, mask()[0], {}, tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"image has shape \(1, 4, 8, 8\)"):
-        segmentation_figure(np.zeros((1, 4, 8, 8)), mask(), {}, tmp_path / "a.png")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_training_draws_loss_and_validation_of_each_network(tmp_path: Path, drawn: list[Figure]) -> None:

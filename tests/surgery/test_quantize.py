@@ -149,8 +149,7 @@ def layer_plan(weight: str = "Q0.4", input: str = "Q6.0") -> LayerPlan:
         ),
         ({"conv": layer_plan(), "norm": layer_plan()}, "'norm' is a BatchNorm2d"),
         ({"conv": layer_plan(), "idle": layer_plan()}, "'idle' did not run"),
-        ({"conv": layer_plan("ternary")}, "'ternary'.*no quantizer yet"),
-        ({"conv": layer_plan("int4", "binary")}, "'binary'.*no quantizer yet"),
+        ({"conv": layer_plan("int4", "pow2-4")}, "input of layer 'conv': format 'pow2-4' is for weights"),
     ],
 )
 def test_errors_leave_the_network_unchanged(layers: dict[str, LayerPlan], message: str) -> None:
@@ -161,12 +160,47 @@ def test_errors_leave_the_network_unchanged(layers: dict[str, LayerPlan], messag
     assert_unchanged(network, before)
 
 
-def test_a_format_without_quantizer_in_the_last_layer_leaves_the_first_unchanged() -> None:
+def test_a_refused_format_in_the_last_layer_leaves_the_first_unchanged() -> None:
     network = unet()
     before = snapshot(network)
-    with pytest.raises(ValueError, match=r"'ternary'.*no quantizer yet"):
-        quantize(network, QuantPlan.uniform(network, "Q0.4", "Q6.0", last="ternary"))
+    plan = QuantPlan.uniform(network, "Q0.4", "Q6.0").with_layers({"last": layer_plan("Q0.4", "pow2-3")})
+    with pytest.raises(ValueError, match=r"input of layer 'last': format 'pow2-3' is for weights"):
+        quantize(network, plan)
     assert_unchanged(network, before)
+
+
+@pytest.mark.parametrize(
+    ("activation", "asked", "found"),
+    [
+        ("relu", "ternary", "uternary"),
+        ("relu", "binary", "uint1"),
+        ("tanh", "ternary", "ternary"),
+        ("tanh", "binary", "binary"),
+    ],
+)
+def test_low_bit_activations_lose_their_sign_where_nothing_is_negative(
+    activation: str, asked: str, found: str
+) -> None:
+    plan = plan_of(
+        quantize(network := unet(activation=activation), QuantPlan.uniform(network, "pow2-4", asked))
+    )
+    assert str(plan["encoder.0.conv2"].input) == found
+    assert str(plan["encoder.0.conv1"].input) == asked, "the image is signed"
+    assert plan.scale == "power-of-two"
+
+
+@pytest.mark.parametrize("scale", ["power-of-two", "free"])
+def test_plan_of_low_bit_networks_reads_back(scale: Any) -> None:
+    plan = QuantPlan.uniform(
+        unet(), "pow2-4", "ternary", input="UQ0.8", last="binary", scale=scale, learned=True
+    )
+    network = quantize(unet(), plan)
+    assert plan_of(network).scale == scale
+    assert plan_of(network).learned
+    carried = plan_of_state(network.state_dict())
+    assert carried is not None
+    assert carried.layers == plan_of(network).layers
+    assert carried.scale == scale
 
 
 @pytest.mark.parametrize("key", ["decoder.1.conv2.weight", "decoder.1.norm2.running_var"])

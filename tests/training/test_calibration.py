@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from monai_unetq.layers import PairedNorm
 from monai_unetq.networks import FixedPointUNet
 from monai_unetq.plan import QuantPlan
+from monai_unetq.quantizers import weight_scale
 from monai_unetq.surgery import dequantize, quantize
 from monai_unetq.surgery.quantize import quantized_layers
 from monai_unetq.training import calibrate, freeze_norms, reestimate_norms
@@ -102,6 +103,32 @@ def test_minmax_covers_what_was_seen() -> None:
     weight = first.folded_weight().flatten(1)
     needed = torch.where(weight >= 0, weight / 127, weight / -128).amax(dim=1)
     torch.testing.assert_close(first.weight_quantizer.scale, needed.detach(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+@pytest.mark.parametrize(
+    ("weights", "activations"), [("binary", "binary"), ("ternary", "int4"), ("pow2-3", "Q6.0")]
+)
+def test_low_bit_scales_are_the_formulas_whatever_the_method(
+    weights: str, activations: str, method: Any
+) -> None:
+    network = calibrate(
+        quantized(weights=weights, activations=activations, input="UQ0.8", scale="free"), IMAGES, method
+    )
+    for layer in quantized_layers(network).values():
+        rows = layer.folded_weight().flatten(1)
+        expected = weight_scale(rows, layer.weight_quantizer.number_format, power_of_two=False)
+        torch.testing.assert_close(layer.weight_quantizer.scale, expected, rtol=1e-5, atol=0)
+
+
+def test_binary_activations_are_calibrated_to_the_mean_magnitude() -> None:
+    network = quantized(weights="int8", activations="binary", scale="free")
+    calibrate(network, IMAGES)
+    first = quantized_layers(network)["encoder.0.conv1"]
+    assert str(first.input_quantizer.number_format) == "binary"  # to quantize, the image may be negative
+    assert float(first.input_quantizer.scale) == pytest.approx(float(IMAGES.abs().mean()), rel=1e-2)
+    inner = quantized_layers(network)["encoder.0.conv2"]
+    assert str(inner.input_quantizer.number_format) == "uint1"
 
 
 def test_the_method_holds_for_weights_beside_static_activations() -> None:

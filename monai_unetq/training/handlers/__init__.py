@@ -1,7 +1,8 @@
-"""MONAI handlers for quantization-aware training: seeds, checkpoints, calibration, statistics, the best model."""
+"""MONAI handlers of quantization-aware training: seeds, checkpoints, calibration, gradual rounding, statistics, the best model."""
 
 from .best_model import BestModel, Pack
 from .checkpoint import Checkpoint
+from .hardening import IncrementalFreezing, TernaryAnnealing
 from .quantization import Calibration, CalibrationEvents, PlanLog, QuantizationStats
 from .seeding import EpochSeed
 
@@ -11,7 +12,9 @@ __all__ = [
     "CalibrationEvents",
     "Checkpoint",
     "EpochSeed",
+    "IncrementalFreezing",
     "Pack",
     "PlanLog",
     "QuantizationStats",
+    "TernaryAnnealing",
 ]

@@ -1,0 +1,63 @@
+"""docs/results/reproduction.md: the tables of ``unetq reproduce`` on the three data sets, and the JSON they come from.
+
+The tables stand between marks; the text around them is written by hand. Data sets without results keep what stands
+there.
+
+examples:
+  for kind in em gm nih; do unetq reproduce $kind --data DATA/$kind --out study; done
+  python benchmarks/reproduction.py --study study
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from monai_unetq.recipe import write_json
+from monai_unetq.reproduction import ACTIVATIONS, markdown, studies_markdown
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+
+
+def main() -> None:
+    """Parse arguments; copy the documents, rewrite the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--study", type=Path, metavar="DIR", required=True, help="--out of unetq reproduce")
+    parser.add_argument("--preset", choices=("quick", "cpu", "paper"), default="cpu")
+    parser.add_argument("--out", type=Path, metavar="DIR", default=RESULTS, help="folder of reproduction.md")
+    options = parser.parse_args()
+    page = options.out / "reproduction.md"
+    text = page.read_text(encoding="utf-8")
+    for kind in ACTIVATIONS:
+        source = options.study / kind / options.preset / "results.json"
+        if not source.exists():
+            print(f"{kind}: no {source}, left as it is")
+            continue
+        document = json.loads(source.read_text(encoding="utf-8"))
+        write_json(options.out / f"reproduction-{kind}.json", document)
+        text = between(text, kind, markdown(document))
+        if document["studies"]:
+            text = between(text, f"{kind} studies", studies_markdown(document))
+    page.write_text(text, encoding="utf-8")
+    print(page)
+
+
+def between(text: str, name: str, table: str) -> str:
+    """The text with what stands between the marks of a name replaced.
+
+    Raises:
+        SystemExit: if the marks are missing.
+    """
+    begin, end = f"<!-- {name}: made by benchmarks/reproduction.py -->", f"<!-- end of {name} -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"the marks {begin!r} and {end!r} are missing")
+    return f"{before}{begin}\n{table}{end}{after}"
+
+
+if __name__ == "__main__":
+    main()
