@@ -286,7 +286,7 @@ def _draw(
     lines = 1 + max((title.count("\n") for title in titles.values()), default=0)
     below = grey if colors.opacity < 1 else np.ones_like(grey, dtype=float)
     with _figure(
-        path, (columns * side, rows * (side * height / width + 0.14 + 0.16 * lines) + 0.35)
+        path, (columns * side, rows * (side * height / width + 0.24 + 0.18 * lines) + 0.35)
     ) as figure:
         axes = figure.subplots(rows, columns, squeeze=False).flat
         _picture(axes[0], "image", grey, cmap="gray", vmin=0.0, vmax=1.0)

@@ -168,8 +168,8 @@ def test_conditions(em: dict[str, Any]) -> None:
     assert text.endswith("All rows together took 2 h 0 min.\n")
     for part in (
         "Test: 3 slices in fold 0; preset `cpu`: width 16, 600 float steps for each activation function, then 300 "
-        "further steps (with ReLU 600 for BNN, TernaryNet, int2/int2 learned, int4/ternary learned, int4/binary "
-        "learned; 900 for Full precision), batch 4, crops 160×128, seed 7.",
+        "further steps (with ReLU 600 for Full precision, Q4.0/Q0.2, BNN, TernaryNet, int6/int4 learned, int2/int2 "
+        "learned, int4/ternary learned, int4/binary learned), batch 4, crops 160×128, seed 7.",
         "mean over slices of the paired difference",
         "one image of 200×200 pixels",
         "“all cell” scores 88.50 on these slices",

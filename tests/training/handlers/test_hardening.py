@@ -60,6 +60,7 @@ def test_every_share_has_its_turn_and_all_weights_are_frozen_at_the_end(
     [
         # 8^(k/6) for k = 0…6
         (10, 0.7, [1, 2**0.5, 2, 2 * 2**0.5, 4, 4 * 2**0.5, 8, None, None, None]),
+        (10, 0.5, [1, 8**0.25, 8**0.5, 8**0.75, 8, None, None, None, None, None]),
         (3, 0.7, [1, 8, None]),
         (2, 0.7, [8, None]),
         (1, 0.7, [None]),
@@ -314,7 +315,7 @@ def test_beta_reaches_signed_ternary_inputs_only() -> None:
     found = []
     engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: found.append([q.beta for q in quantizers]))
     engine.run([0], max_epochs=11)
-    assert [beta for _, beta, _ in found] == [None, *(annealed_beta(k, 10, 0.7) for k in range(1, 11))]
+    assert [beta for _, beta, _ in found] == [None, *(annealed_beta(k, 10, 0.5) for k in range(1, 11))]
     assert {(image, positive) for image, _, positive in found} == {(None, None)}
 
 
