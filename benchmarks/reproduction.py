@@ -31,16 +31,19 @@ def main() -> None:
     options = parser.parse_args()
     page = options.out / "reproduction.md"
     text = page.read_text(encoding="utf-8")
+    documents = {}
     for kind in ACTIVATIONS:
         source = options.study / kind / options.preset / "results.json"
         if not source.exists():
             print(f"{kind}: no {source}, left as it is")
             continue
         document = json.loads(source.read_text(encoding="utf-8"))
-        write_json(options.out / f"reproduction-{kind}.json", document)
+        documents[kind] = document
         text = between(text, kind, markdown(document))
         if document["studies"]:
             text = between(text, f"{kind} studies", studies_markdown(document))
+    for kind, document in documents.items():
+        write_json(options.out / f"reproduction-{kind}.json", document)
     page.write_text(text, encoding="utf-8")
     print(page)
 

@@ -12,9 +12,9 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_bundle_command", "copy_bundle", "find_bundle"]
+__all__ = ["KINDS", "add_bundle_command", "copy_bundle", "find_bundle"]
 
-_KINDS = ("em", "gm", "nih")
+KINDS = ("em", "gm", "nih")
 
 _EXAMPLES = """\
 examples:
@@ -35,7 +35,7 @@ def add_bundle_command(commands: Any, command: Callable[..., argparse.ArgumentPa
     bundle = command(
         commands, "bundle", "copy a MONAI bundle: its configurations, metadata and documentation", _EXAMPLES
     )
-    bundle.add_argument("kind", choices=_KINDS, help="EM membranes, spinal cord grey matter, NIH pancreas CT")
+    bundle.add_argument("kind", choices=KINDS, help="EM membranes, spinal cord grey matter, NIH pancreas CT")
     bundle.add_argument(
         "--out", type=Path, metavar="DIR", help="the bundle's folder, new or empty (default: ./KIND_unet)"
     )

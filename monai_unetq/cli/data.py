@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .bundle import KINDS
+
 __all__ = ["add_data_command"]
 
 _EXAMPLES = """\
@@ -20,7 +22,6 @@ examples:
 The same command goes on after an interruption, and prepares again what changed.
 """
 
-_KINDS = ("em", "gm", "nih")
 _PHANTOM_OPTIONS = ("dimensions", "size", "seed")
 
 
@@ -32,7 +33,7 @@ def add_data_command(commands: Any, command: Callable[..., argparse.ArgumentPars
         command: makes the parser of one, from commands, name, summary and examples.
     """
     data = command(commands, "data", "prepare a data set for nnU-Net and MONAI, checked and split", _EXAMPLES)
-    data.add_argument("kind", choices=_KINDS, help="EM membranes, spinal cord grey matter, NIH pancreas CT")
+    data.add_argument("kind", choices=KINDS, help="EM membranes, spinal cord grey matter, NIH pancreas CT")
     origin = data.add_mutually_exclusive_group(required=True)
     origin.add_argument("--source", type=Path, metavar="DIR", help="the downloaded data set")
     origin.add_argument("--phantom", action="store_true", help="draw a phantom instead")

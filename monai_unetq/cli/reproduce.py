@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .bundle import find_bundle
+from .bundle import KINDS, find_bundle
 
 __all__ = ["add_reproduce_command"]
 
@@ -25,8 +25,6 @@ examples:
 after an interruption, row by row; parts that share --out merge their results. Needs: pip install monai-unetq[bundle]
 """
 
-_KINDS = ("em", "gm", "nih")
-
 
 def add_reproduce_command(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     """Add ``reproduce`` to the commands of ``unetq``.
@@ -42,7 +40,7 @@ def add_reproduce_command(commands: Any, command: Callable[..., argparse.Argumen
         _EXAMPLES,
     )
     reproduce.add_argument(
-        "kind", choices=_KINDS, help="EM membranes, spinal cord grey matter, NIH pancreas CT"
+        "kind", choices=KINDS, help="EM membranes, spinal cord grey matter, NIH pancreas CT"
     )
     reproduce.add_argument("--data", type=Path, metavar="DIR", required=True, help="the data set")
     reproduce.add_argument(

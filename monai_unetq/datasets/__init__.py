@@ -7,16 +7,18 @@ from .cases import Case, Split, block_split
 from .em import read_em
 from .layout import data_list, folds, image_list
 from .phantoms import abdomen_phantom, cord_phantom, membrane_phantom
-from .prepare import prepare, write_phantom
+from .prepare import KindName, foreground, prepare, write_phantom
 
 __all__ = [
     "Case",
+    "KindName",
     "Split",
     "abdomen_phantom",
     "block_split",
     "cord_phantom",
     "data_list",
     "folds",
+    "foreground",
     "image_list",
     "membrane_phantom",
     "prepare",

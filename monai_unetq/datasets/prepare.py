@@ -27,7 +27,7 @@ from .sources import Pair, Pixels, Source, Survey, listing, refuse
 from .splits import block_folds, check_groups, patient_folds, person_folds
 from .volumes import flat_volume, label_like, write_volume
 
-__all__ = ["KindName", "prepare", "write_phantom"]
+__all__ = ["KindName", "foreground", "prepare", "write_phantom"]
 
 KindName = Literal["em", "gm", "nih"]
 
@@ -57,6 +57,11 @@ _KINDS = {
         "Dataset503_NIH", "CT", "pancreas", survey_nih
     ),  # nnU-Net normalizes a channel of this name as CT
 }
+
+
+def foreground(kind: KindName) -> str:
+    """What the label 1 of a prepared data set is called."""
+    return _KINDS[kind].label
 
 
 def prepare(kind: KindName, source: Path, out: Path) -> Path:

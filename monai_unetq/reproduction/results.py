@@ -9,22 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK
-from PIL import Image
 
-from ..datasets import data_list, prepare
+from ..datasets import data_list, foreground, prepare
 from ..recipe import write_json
 from .rows import ACTIVATIONS, Kind, paper_rows
-from .run import Comparison, alone, prediction_file, read_mask
+from .run import Comparison, alone, prediction_file, read_mask, read_pixels
 from .tables import accuracy_rows, markdown, studies_markdown
 
 __all__ = ["prepared", "write_results"]
 
 _SHOWN: Mapping[Kind, str] = {"em": "membrane", "gm": "grey matter", "nih": "pancreas"}
 """What figures show: of EM the membranes, the thin class, which are the background of its labels."""
-
-_LABEL: Mapping[Kind, str] = {"em": "cell interior", "gm": "grey matter", "nih": "pancreas"}
-"""What ``unetq data`` calls the foreground."""
 
 _WINDOW: Mapping[Kind, tuple[float, float] | None] = {"em": None, "gm": None, "nih": (0.0, 255.0)}
 """Grey values from black to white; None for the image's own."""
@@ -46,9 +41,9 @@ def prepared(kind: Kind, data: Path, out: Path) -> Path:
         raise FileNotFoundError(f"{data}: no such folder; give a downloaded data set, or one of 'unetq data'")
     if (data / "dataset.json").is_file():
         labels = json.loads((data / "dataset.json").read_text(encoding="utf-8")).get("labels", {})
-        if _LABEL[kind] not in labels:
+        if foreground(kind) not in labels:
             raise ValueError(
-                f"{data / 'dataset.json'}: 'labels' are {', '.join(labels)}, expected '{_LABEL[kind]}': "
+                f"{data / 'dataset.json'}: 'labels' are {', '.join(labels)}, expected '{foreground(kind)}': "
                 f"this is not a data set for 'unetq reproduce {kind}'"
             )
         return data.resolve()
@@ -122,7 +117,7 @@ def _shown(comparison: Comparison, activation: str) -> _Shown | None:
     fold = comparison.folds[0]
     case = data_list(comparison.dataset, fold, "test")[0]
     label = read_mask(Path(case["label"]))
-    image = _read_image(Path(case["image"]))
+    image = read_pixels(Path(case["image"]))
     number = None
     if label.ndim == 3:
         number = int(label.sum(axis=(1, 2)).argmax())
@@ -139,10 +134,3 @@ def _shown(comparison: Comparison, activation: str) -> _Shown | None:
 
 def _plane(array: np.ndarray, number: int | None) -> np.ndarray:
     return array if number is None else array[number]
-
-
-def _read_image(path: Path) -> np.ndarray:
-    if path.suffix == ".png":
-        with Image.open(path) as image:
-            return np.asarray(image, dtype=np.float32)
-    return np.asarray(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path))), dtype=np.float32)

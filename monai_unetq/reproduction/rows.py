@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from ..datasets import KindName
 from .paper import FULL_PRECISION
 
 __all__ = ["ACTIVATIONS", "STUDIES", "Kind", "Row", "StudyName", "paper_rows", "study_rows"]
 
-Kind = Literal["em", "gm", "nih"]
+Kind = KindName
 StudyName = Literal["dropout", "float-layers"]
 STUDIES: tuple[StudyName, ...] = get_args(StudyName)
 
@@ -27,10 +28,8 @@ ACTIVATIONS: Mapping[Kind, tuple[str, ...]] = {
 
 _FLOAT = {"weights": "float", "activations": "float", "input": "float", "first": "float", "last": "float"}
 _LEARNED = {"scale": "free", "learned": True}
-_LAST = {
-    **_LEARNED,
-    "last": "float",
-}  # XNOR-Net leaves the last layer in float, and the 2019 paper finds that it matters
+# XNOR-Net leaves the last layer in float, and the 2019 paper finds that it matters.
+_LAST = {**_LEARNED, "last": "float"}
 
 
 @dataclass(frozen=True)

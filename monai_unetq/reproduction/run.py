@@ -1,7 +1,7 @@
 """How a comparison runs: one row after another through the data set's MONAI bundle, each row a folder and a file.
 
-A row begins with the float network of its activation function, which is trained once for all of them, is trained
-on in its formats as long as every other row, predicts the test cases into files, and is measured on those files.
+A row begins with the float network of its activation function, which is trained once for all of them. It is trained
+on in its formats, predicts the test cases into files, and is measured on those files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,16 @@ from ..datasets import data_list
 from ..recipe import check_device, versions, write_json
 from .rows import STUDIES, Kind, Row, paper_rows, study_rows
 
-__all__ = ["PRESETS", "Comparison", "Settings", "alone", "prediction_file", "read_mask", "score"]
+__all__ = [
+    "PRESETS",
+    "Comparison",
+    "Settings",
+    "alone",
+    "prediction_file",
+    "read_mask",
+    "read_pixels",
+    "score",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -455,7 +464,12 @@ def prediction_file(predictions: Path, case: Mapping[str, str]) -> Path:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """A label or prediction as bool, in the order that its reader gives.
+    """A label or prediction as bool; see ``read_pixels``."""
+    return read_pixels(path) > 0
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    """The values of an image in the order that its reader gives: (H, W) of a PNG, (slices, H, W) of a NIfTI file.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -464,8 +478,8 @@ def read_mask(path: Path) -> np.ndarray:
         raise FileNotFoundError(f"{path}: no such file")
     if path.suffix == ".png":
         with Image.open(path) as image:
-            return np.asarray(image) > 0
-    return np.asarray(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))) > 0
+            return np.asarray(image)
+    return np.asarray(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path))))
 
 
 def _dice(overlap: float, sizes: float) -> float:
