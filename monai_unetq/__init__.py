@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .deploy import inspect_packed, pack, unpack
     from .formats import QFormat
     from .plan import LayerPlan, QuantPlan
-    from .surgery import dequantize, fold, observe, plan_of, quantize
+    from .surgery import dequantize, find_skips, fold, observe, plan_of, quantize, split
     from .training import calibrate
 
 __version__ = "0.2.0"
@@ -26,6 +26,7 @@ __all__ = [
     "calibrate",
     "datasets",
     "dequantize",
+    "find_skips",
     "fold",
     "inspect_packed",
     "networks",
@@ -33,6 +34,7 @@ __all__ = [
     "pack",
     "plan_of",
     "quantize",
+    "split",
     "training",
     "transforms",
     "unpack",
@@ -44,12 +46,14 @@ _HOME = {
     "QuantPlan": "plan",
     "calibrate": "training",
     "dequantize": "surgery",
+    "find_skips": "surgery",
     "fold": "surgery",
     "inspect_packed": "deploy",
     "observe": "surgery",
     "pack": "deploy",
     "plan_of": "surgery",
     "quantize": "surgery",
+    "split": "surgery",
     "unpack": "deploy",
 }
 """Public name → the module of ours that defines it."""

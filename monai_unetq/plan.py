@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .formats import QFormat
+from .parts import WHOLE, check_part_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["LayerPlan", "QuantPlan"]
 
 VERSION = 1
-WHOLE = "input"
-"""Name of a layer's only input part; split convolutions name theirs ``skip``, ``up`` and so on."""
 
 BiasRounding = Literal["accumulator", "float"]
 
@@ -40,34 +39,98 @@ LAYER_CLASSES = (
 class LayerPlan:
     """Formats of one layer.
 
+    A split convolution has a format for each of its parts, by the part's name (``skip``, ``skip.1``, …, ``up``). What
+    is given once, as ``input``, holds for every part.
+
     Args:
-        weight: the weight's format.
-        inputs: format of each input part; one part named ``input`` for a layer that is not split.
-        bias: ``accumulator`` rounds the bias to the grid input step × weight step, ``float`` leaves it.
+        weights: format of the weight, or of each part of it.
+        inputs: format of the input, or of each part of it.
+        bias: ``accumulator`` rounds the bias to the grid input step × weight step (the finest of the parts'),
+            ``float`` leaves it.
+        channels: input channels of each part, in their order, where the plan is to say how the layer is split.
+
+    Raises:
+        ValueError: if parts have other names, or weights, inputs and channels are not those of the same parts.
     """
 
-    weight: QFormat
+    weights: Mapping[str, QFormat]
     inputs: Mapping[str, QFormat]
     bias: BiasRounding = "accumulator"
+    channels: Mapping[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        given: dict[str, Mapping[str, object]] = {"weight": self.weights, "input": self.inputs}
+        if self.channels is not None:
+            given["parts"] = self.channels
+        for key, entry in given.items():
+            check_part_names(entry, f"'{key}'")
+        named = {key: sorted(entry) for key, entry in given.items() if set(entry) != {WHOLE}}
+        if len({tuple(names) for names in named.values()}) > 1:
+            found = ", ".join(f"'{key}' has {names}" for key, names in named.items())
+            raise ValueError(f"{found}; expected the same parts, or one format for all of them")
+        if self.channels is not None and WHOLE in self.channels:
+            raise ValueError(f"'parts' names '{WHOLE}', expected the parts of a split convolution")
+
+    @classmethod
+    def whole(cls, weight: QFormat, input: QFormat, bias: BiasRounding = "accumulator") -> LayerPlan:
+        """The formats of a layer that is not split, or one format for all parts."""
+        return cls({WHOLE: weight}, {WHOLE: input}, bias)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts that formats are given for, in the order of the channels where they are known."""
+        for entry in (self.channels or {}, self.weights, self.inputs):
+            if entry and WHOLE not in entry:
+                return tuple(entry)
+        return (WHOLE,)
+
+    def weight_of(self, part: str) -> QFormat:
+        """The weight's format in one part.
+
+        Raises:
+            KeyError: if there is no such part.
+        """
+        return self.weights[WHOLE] if WHOLE in self.weights else self.weights[part]
+
+    def input_of(self, part: str) -> QFormat:
+        """The input's format in one part.
+
+        Raises:
+            KeyError: if there is no such part.
+        """
+        return self.inputs[WHOLE] if WHOLE in self.inputs else self.inputs[part]
+
+    @property
+    def weight(self) -> QFormat:
+        """The weight's one format.
+
+        Raises:
+            ValueError: if every part has its own.
+        """
+        return _only(self.weights, "weight")
 
     @property
     def input(self) -> QFormat:
-        """The input format of a layer with one part.
+        """The input's one format.
 
         Raises:
-            ValueError: if the layer has several parts.
+            ValueError: if every part has its own.
         """
-        if set(self.inputs) != {WHOLE}:
-            raise ValueError(f"the layer has the input parts {sorted(self.inputs)}, not one input")
-        return self.inputs[WHOLE]
+        return _only(self.inputs, "input")
 
     @property
     def is_float(self) -> bool:
         """Whether nothing of the layer is quantized."""
-        return self.weight.is_float and all(f.is_float for f in self.inputs.values())
+        return all(f.is_float for f in (*self.weights.values(), *self.inputs.values()))
 
 
-FLOAT_LAYER = LayerPlan(QFormat("float"), {WHOLE: QFormat("float")}, "float")
+def _only(formats: Mapping[str, QFormat], what: str) -> QFormat:
+    if set(formats) != {WHOLE}:
+        raise ValueError(f"the layer's {what} has the parts {sorted(formats)}, not one format")
+    return formats[WHOLE]
+
+
+FLOAT_LAYER = LayerPlan.whole(QFormat("float"), QFormat("float"), "float")
 
 
 @dataclass(frozen=True)
@@ -161,7 +224,7 @@ class QuantPlan:
                 if weight_of[name].is_float:
                     input_of[name] = weight_of[name]
         layers = {
-            name: LayerPlan(weight_of[name], {WHOLE: input_of[name]})
+            name: LayerPlan.whole(weight_of[name], input_of[name])
             for name in names
             if not any(fnmatchcase(name, pattern) for pattern in keep_float)
         }
@@ -197,11 +260,10 @@ class QuantPlan:
             "learned": self.learned,
             "layers": {
                 name: {
-                    "weight": str(layer.weight),
-                    "input": str(layer.inputs[WHOLE])
-                    if set(layer.inputs) == {WHOLE}
-                    else {part: str(f) for part, f in layer.inputs.items()},
+                    "weight": _spelled(layer.weights),
+                    "input": _spelled(layer.inputs),
                     "bias": layer.bias,
+                    **({} if layer.channels is None else {"parts": dict(layer.channels)}),
                 }
                 for name, layer in self.layers.items()
             },
@@ -230,18 +292,16 @@ class QuantPlan:
         layers = {}
         for name, entry in document["layers"].items():
             where = f"{source}: layer '{name}'"
-            _check_keys(entry, where, required=("weight", "input"), optional=("bias",))
-            inputs = entry["input"] if isinstance(entry["input"], dict) else {WHOLE: entry["input"]}
-            if not inputs:
-                raise ValueError(
-                    f"{where}: 'input' names no part, expected a format, or one for each input part"
-                )
+            _check_keys(entry, where, required=("weight", "input"), optional=("bias", "parts"))
             bias = entry.get("bias", "accumulator")
             if bias not in ("accumulator", "float"):
                 raise ValueError(f"{where}: 'bias' is {bias!r}, expected 'accumulator' or 'float'")
-            weight = _format(entry["weight"], f"{where}: 'weight'")
-            parts = {part: _format(f, f"{where}: 'input' ({part})") for part, f in inputs.items()}
-            layers[name] = LayerPlan(weight, parts, bias)
+            weights, inputs = (_formats(entry[key], f"{where}: '{key}'") for key in ("weight", "input"))
+            channels = _channels(entry.get("parts"), where)
+            try:
+                layers[name] = LayerPlan(weights, inputs, bias, channels)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
         options = {key: document[key] for key in ("scale", "granularity", "learned") if key in document}
         try:
             return cls(layers, **options)
@@ -274,7 +334,34 @@ class QuantPlan:
 
 
 def _base_name(module: nn.Module) -> str:
-    return type(module).__name__.replace("Quant", "", 1)
+    return type(module).__name__.removeprefix("Quant").removeprefix("Split")
+
+
+def _spelled(formats: Mapping[str, QFormat]) -> str | dict[str, str]:
+    if set(formats) == {WHOLE}:
+        return str(formats[WHOLE])
+    return {part: str(number_format) for part, number_format in formats.items()}
+
+
+def _formats(entry: Any, where: str) -> dict[str, QFormat]:
+    if not isinstance(entry, dict):
+        return {WHOLE: _format(entry, where)}
+    if not entry:
+        raise ValueError(f"{where} names no part, expected a format, or one for each part")
+    return {part: _format(spelling, f"{where} ({part})") for part, spelling in entry.items()}
+
+
+def _channels(entry: Any, where: str) -> dict[str, int] | None:
+    if entry is None:
+        return None
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: 'parts' is a {type(entry).__name__}, expected channels by part")
+    for part, count in entry.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(
+                f"{where}: 'parts' ({part}) is {count!r}, expected a positive number of channels"
+            )
+    return dict(entry)
 
 
 def _format(spelling: Any, where: str) -> QFormat:

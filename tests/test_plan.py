@@ -19,20 +19,30 @@ from torch import nn
 
 from monai_unetq.formats import QFormat
 from monai_unetq.layers import quantize_layer
-from monai_unetq.plan import WHOLE, LayerPlan, QuantPlan
+from monai_unetq.parts import WHOLE
+from monai_unetq.plan import LayerPlan, QuantPlan
 
 formats = st.sampled_from(
     ("Q0.4", "UQ6.0", "Q8.8", "Q0.4:literal", "int4", "uint8", "ternary", "binary", "float")
 ).map(QFormat)
 names = st.text(min_size=1, max_size=12)
-input_parts = st.one_of(
-    formats.map(lambda f: {WHOLE: f}),
-    st.dictionaries(st.sampled_from(("skip", "skip.1", "up", WHOLE)), formats, min_size=2),
-)
-layer_plans = st.builds(LayerPlan, formats, input_parts, st.sampled_from(("accumulator", "float")))
+part_names = st.lists(st.sampled_from(("skip", "skip.1", "up", "up.1")), min_size=2, unique=True)
+
+
+@st.composite
+def layer_plans(draw: st.DrawFn) -> LayerPlan:
+    """Of a whole layer, or of one with parts, each given once or by part."""
+    names = draw(part_names)
+    once = formats.map(lambda f: {WHOLE: f})
+    each = st.fixed_dictionaries({name: formats for name in names})
+    channels = st.none() | st.fixed_dictionaries({name: st.integers(1, 64) for name in names})
+    bias = draw(st.sampled_from(("accumulator", "float")))
+    return LayerPlan(draw(once | each), draw(once | each), bias, draw(channels))
+
+
 plans = st.builds(
     QuantPlan,
-    st.dictionaries(names, layer_plans, max_size=4),
+    st.dictionaries(names, layer_plans(), max_size=4),
     st.sampled_from(("power-of-two", "free")),
     st.sampled_from(("channel", "tensor")),
     st.booleans(),
@@ -82,8 +92,10 @@ def test_file_round_trip(plan: QuantPlan) -> None:
 def test_document_is_as_documented() -> None:
     plan = QuantPlan(
         {
-            "a": LayerPlan(QFormat("Q0.4"), {WHOLE: QFormat("UQ6.0")}),
-            "b": LayerPlan(QFormat("int4"), {"skip": QFormat("uint8"), "up": QFormat("int8")}, "float"),
+            "a": LayerPlan({WHOLE: QFormat("Q0.4")}, {WHOLE: QFormat("UQ6.0")}),
+            "b": LayerPlan(
+                {WHOLE: QFormat("int4")}, {"skip": QFormat("uint8"), "up": QFormat("int8")}, "float"
+            ),
         },
         scale="free",
         learned=True,
@@ -117,20 +129,20 @@ def test_layers_that_are_not_named_stay_float() -> None:
 
 def test_is_float_only_where_nothing_is_quantized() -> None:
     real, fixed = QFormat("float"), QFormat("Q0.4")
-    assert LayerPlan(real, {WHOLE: real}).is_float
-    assert not LayerPlan(fixed, {WHOLE: real}).is_float
-    assert not LayerPlan(real, {"skip": real, "up": fixed}).is_float
+    assert LayerPlan({WHOLE: real}, {WHOLE: real}).is_float
+    assert not LayerPlan({WHOLE: fixed}, {WHOLE: real}).is_float
+    assert not LayerPlan({WHOLE: real}, {"skip": real, "up": fixed}).is_float
 
 
 def test_input_of_a_split_layer_is_an_error() -> None:
-    layer = LayerPlan(QFormat("Q0.4"), {"up": QFormat("Q6.0"), "skip": QFormat("Q6.0")})
-    with pytest.raises(ValueError, match=r"input parts \['skip', 'up'\]"):
+    layer = LayerPlan({WHOLE: QFormat("Q0.4")}, {"up": QFormat("Q6.0"), "skip": QFormat("Q6.0")})
+    with pytest.raises(ValueError, match=r"input has the parts \['skip', 'up'\]"):
         _ = layer.input
 
 
 def test_with_layers_replaces_and_adds() -> None:
     plan = QuantPlan.from_json(document(scale="free"))
-    other = LayerPlan(QFormat("int8"), {WHOLE: QFormat("int8")})
+    other = LayerPlan({WHOLE: QFormat("int8")}, {WHOLE: QFormat("int8")})
     changed = plan.with_layers({"conv": other, "new": other})
     assert (changed["conv"], changed["new"], changed.scale) == (other, other, "free")
     assert plan["conv"].weight == QFormat("Q0.4"), "the plan itself changed"
@@ -145,7 +157,7 @@ def test_uniform_names_every_layer_that_can_be_quantized() -> None:
     plan = QuantPlan.uniform(small_network(), "Q0.4", "Q6.0")
     assert list(plan) == ["0", "3", "4", "6"]
     for name in plan:
-        assert plan[name] == LayerPlan(QFormat("Q0.4"), {WHOLE: QFormat("Q6.0")}, "accumulator")
+        assert plan[name] == LayerPlan({WHOLE: QFormat("Q0.4")}, {WHOLE: QFormat("Q6.0")}, "accumulator")
 
 
 @pytest.mark.parametrize("kind", ["Conv", "ConvTranspose"])

@@ -8,6 +8,7 @@ from math import prod
 from torch import Tensor, nn
 
 from ..formats import QFormat
+from ..parts import WHOLE
 from ..surgery.observe import observe
 from ..surgery.quantize import quantized_layers
 
@@ -39,16 +40,22 @@ def cost_of(network: nn.Module, example: Tensor) -> Cost:
     quantized = quantized_layers(network)
     weight_bits = sum(p.numel() for p in network.parameters() if p.dim() > 0) * 32
     for layer in quantized.values():
-        count = layer.weight.numel()
-        weight_bits += _weight_bits(layer.weight_quantizer.number_format, count) - 32 * count
-    for layer in quantized.values():  # learned scales are formats, not weights
-        for quantizer in (layer.input_quantizer, layer.weight_quantizer):
+        pieces = layer.pieces(layer.output_major(layer.weight))
+        for part, quantizer in layer.weight_quantizers.items():
+            count = pieces[part].numel()
+            weight_bits += _weight_bits(quantizer.number_format, count) - 32 * count
+        for quantizer in layer.quantizers:  # learned scales are formats, not weights
             weight_bits -= 32 * sum(p.numel() for p in quantizer.parameters() if p.dim() > 0)
     activation_bits = 0
     for call in observe(network, example).calls:
-        found = quantized.get(call.layer)
-        number_format = QFormat("float") if found is None else found.input_quantizer.number_format
-        activation_bits += prod(call.input_shape) * number_format.bits
+        values, found = prod(call.input_shape), quantized.get(call.layer)
+        if found is None:
+            activation_bits += 32 * values
+            continue
+        channels = {part.name: part.channels for part in found.parts} or {WHOLE: 1}
+        for part, quantizer in found.input_quantizers.items():
+            share = values * channels[part] // sum(channels.values())
+            activation_bits += share * quantizer.number_format.bits
     return Cost(-(-weight_bits // 8), -(-activation_bits // 8))
 
 

@@ -25,9 +25,19 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..layers import PAIRED_NORMS, QUANTIZED_LAYERS, PairedNorm, QuantizedLayer, quantize_layer
+from ..layers import (
+    PAIRED_NORMS,
+    QUANTIZED_LAYERS,
+    PairedNorm,
+    QuantizedLayer,
+    SplitLayer,
+    quantize_layer,
+    split_layer,
+)
+from ..parts import WHOLE, Part
 from ..plan import LayerPlan, QuantPlan
-from ..surgery import plan_of
+from ..quantizers import Quantizer
+from ..surgery import find_skips, plan_of
 from ..surgery.fold import FoldedNorm, fold_pairs, take_norm_out
 from ..surgery.quantize import quantized_layers
 from .coding import TernaryCoding, check_coding, decode, encode, is_ternary
@@ -35,28 +45,39 @@ from .coding import TernaryCoding, check_coding, decode, encode, is_ternary
 __all__ = ["inspect_packed", "pack", "unpack"]
 
 KEY = "monai_unetq"
-PLAIN, WITH_CODINGS = 1, 2
-"""Versions: 2 adds ``codings``, and is written only where there is one, so that older programs read the rest."""
+PLAIN, WITH_CODINGS, WITH_PARTS = 1, 2, 3
+"""Versions: 2 adds ``codings``, 3 split layers and ``skips``; each is written only where it is needed, so that older
+programs read the rest.
+"""
 
 _WITH_BIAS: Any = (*QUANTIZED_LAYERS, QuantizedLayer)
 
 
-def pack(network: nn.Module, path: str | Path, ternary: TernaryCoding = "base3") -> Path:
+def pack(
+    network: nn.Module,
+    path: str | Path,
+    ternary: TernaryCoding = "base3",
+    example: Tensor | None = None,
+) -> Path:
     """Write a quantized network as a packed checkpoint, atomically.
 
-    The network is left as it is; batch norms that are paired with a convolution are folded in the file.
+    The network is left as it is; batch norms that are paired with a convolution are folded in the file. Each part of
+    a split convolution's weight is stored on its own, and the file says what ``find_skips`` found.
 
     Args:
         network: quantized (and trained or calibrated).
         path: the file to write; its folder must exist.
         ternary: how ternary weights are stored: ``"base3"``, five digits in a byte (1.6 bits each), or ``"2bit"``,
             larger, for a reader that wants each code at a bit position of its own.
+        example: an input that a split network accepts, for the resolutions and MACs that the file tells; found out
+            from its first convolution by default, and where the network refuses that, the file tells none.
 
     Returns:
         the path.
 
     Raises:
-        ValueError: if the network is not quantized, its state holds NaN or infinity, or there is no such coding.
+        ValueError: if the network is not quantized, its state holds NaN or infinity, there is no such coding, or it
+            fails on the example given.
         OSError: if the file cannot be written; what was there before is kept.
     """
     path = Path(path)
@@ -74,19 +95,27 @@ def pack(network: nn.Module, path: str | Path, ternary: TernaryCoding = "base3")
     codings: dict[str, str] = {}
     for key, value in state.items():
         layer = layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
-        if layer is None or layer.weight_quantizer.number_format.is_float:
+        if layer is None or all(q.number_format.is_float for q in layer.weight_quantizers.values()):
             tensors[key] = value.contiguous().clone()
-        else:
-            tensors[key] = torch.from_numpy(_packed_weight(layer, ternary, key))
-            packed[key] = list(value.shape)
-            if is_ternary(layer.weight_quantizer.number_format):
-                codings[key] = ternary
+            continue
+        pieces = layer.pieces(layer.output_major(value))
+        for part, quantizer in layer.weight_quantizers.items():
+            name = _part_key(key, part)
+            if quantizer.number_format.is_float:
+                tensors[name] = pieces[part].contiguous().clone()
+                continue
+            tensors[name] = torch.from_numpy(_packed_weight(quantizer, pieces[part], ternary, name))
+            packed[name] = list(value.shape if part == WHOLE else pieces[part].shape)
+            if is_ternary(quantizer.number_format):
+                codings[name] = ternary
+    split = any(layer.parts for layer in layers.values())
     document: dict[str, Any] = {
-        "version": WITH_CODINGS if codings else PLAIN,
+        "version": WITH_PARTS if split else WITH_CODINGS if codings else PLAIN,
         "network": f"{type(network).__module__}.{type(network).__qualname__}",
         "plan": plan.to_json(),
         "packed": packed,
-        **({"codings": codings} if codings else {}),
+        **({"codings": codings} if codings or split else {}),
+        **({"skips": _skips(baked, example)} if split else {}),
         "folded": sorted(name for name, module in baked.named_modules() if isinstance(module, FoldedNorm)),
         "functions": _functions(baked),
         "versions": {name: _version(name) for name in ("monai-unetq", "torch")},
@@ -152,7 +181,8 @@ def inspect_packed(path: str | Path) -> dict[str, Any]:
     Returns:
         a JSON document: network, versions, plan, ``file_bytes``, ``weight_bytes`` (packed codes),
         ``float_bytes`` (what the same weights take in float32), and for each layer its formats, number of
-        weights, bytes, bits for each weight, number of distinct codes and how often each occurs.
+        weights, bytes, bits for each weight, number of distinct codes and how often each occurs; parts of a split
+        layer apart, as ``layer[skip]``. ``skips`` is what ``find_skips`` found in it.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -161,16 +191,16 @@ def inspect_packed(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     document, tensors = _read(path)
     plan = QuantPlan.from_json(document["plan"], f"{path}: plan")
-    layers = []
+    layers: list[dict[str, Any]] = []
     for key in document["packed"]:
-        name = key.removesuffix(".weight")
+        name, part = _layer_and_part(key)
         codes = _codes(key, document, plan, tensors, path)
         values, counts = np.unique(codes, return_counts=True)
         layers.append(
             {
-                "name": name,
-                "weight": str(plan[name].weight),
-                "input": str(plan[name].input),
+                "name": _part_key(name, part),
+                "weight": str(plan[name].weight_of(part)),
+                "input": str(plan[name].input_of(part)),
                 "parameters": int(codes.size),
                 "bytes": tensors[key].numel(),
                 "bits": 8 * tensors[key].numel() / max(codes.size, 1),
@@ -186,6 +216,7 @@ def inspect_packed(path: str | Path) -> dict[str, Any]:
         "weight_bytes": sum(layer["bytes"] for layer in layers),
         "float_bytes": 4 * sum(layer["parameters"] for layer in layers),
         "layers": layers,
+        "skips": document["skips"],
         "plan": document["plan"],
     }
 
@@ -204,10 +235,30 @@ def _functions(network: nn.Module) -> dict[str, str]:
     }
 
 
-def _packed_weight(layer: QuantizedLayer, ternary: TernaryCoding, key: str) -> np.ndarray:
-    codes = layer.weight_quantizer.codes(layer.output_major(layer.weight)).cpu().numpy()
+def _part_key(key: str, part: str) -> str:
+    """What a part of a weight is called in the file: ``….weight[skip]``; the weight's key where it is whole."""
+    return key if part == WHOLE else f"{key}[{part}]"
+
+
+def _layer_and_part(key: str) -> tuple[str, str]:
+    """Layer and part that a packed weight is of."""
+    name, _, part = key.partition(".weight[") if key.endswith("]") else (key.removesuffix(".weight"), "", "")
+    return name, part.removesuffix("]") or WHOLE
+
+
+def _skips(network: nn.Module, example: Tensor | None) -> list[dict[str, Any]]:
+    if example is not None:
+        return find_skips(network, example.cpu()).to_json()
     try:
-        return encode(codes, layer.weight_quantizer.number_format, ternary)
+        return find_skips(network).to_json()
+    except ValueError:
+        return []
+
+
+def _packed_weight(quantizer: Quantizer, weight: Tensor, ternary: TernaryCoding, key: str) -> np.ndarray:
+    codes = quantizer.codes(weight).cpu().numpy()
+    try:
+        return encode(codes, quantizer.number_format, ternary)
     except ValueError as error:
         raise ValueError(f"'{key}' cannot be packed: {error}") from None
 
@@ -245,10 +296,12 @@ def _prepare(
 def _quantize_as_packed(module: nn.Module, layer: LayerPlan, plan: QuantPlan) -> None:
     if isinstance(module, QuantizedLayer):  # registered under two names
         return
+    if layer.channels is not None and not isinstance(module, SplitLayer):
+        split_layer(module, [Part(name, count) for name, count in layer.channels.items()])
     quantize_layer(
         module,
-        layer.weight,
-        layer.input,
+        layer.weights,
+        layer.inputs,
         per_channel=plan.granularity == "channel",
         power_of_two=plan.scale == "power-of-two",
         learned=plan.learned,
@@ -263,7 +316,16 @@ def _load(
     shapes: Mapping[str, list[int]],
     wrong: str,
 ) -> None:
-    expected = _state(network)
+    layers, state = quantized_layers(network), _state(network)
+    expected = {}
+    for key, value in state.items():
+        layer = layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
+        pieces = {} if layer is None else layer.pieces(layer.output_major(value))
+        # A weight of which no part is rounded stands there whole.
+        if layer is not None and any(_part_key(key, part) in codes for part in pieces if part != WHOLE):
+            expected.update({_part_key(key, part): piece for part, piece in pieces.items()})
+        else:
+            expected[key] = value
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         raise ValueError(f"{wrong}: missing {missing[:5]}, unknown {unknown[:5]}")
@@ -271,17 +333,22 @@ def _load(
         found = tuple(shapes[key] if key in codes else tensors[key].shape)
         if found != tuple(value.shape):
             raise ValueError(f"{wrong}: '{key}' has the shape {found}, expected {tuple(value.shape)}")
-    network.load_state_dict({key: value for key, value in tensors.items() if key not in codes}, strict=False)
-    for name, layer in quantized_layers(network).items():
-        if f"{name}.weight" in codes:
-            layer.set_codes(torch.from_numpy(codes[f"{name}.weight"]))
+    network.load_state_dict(
+        {key: tensors[key] for key in state if key in tensors and key not in codes}, strict=False
+    )
+    for name, layer in layers.items():
+        keys = {part: _part_key(f"{name}.weight", part) for part in layer.weight_quantizers}
+        layer.set_codes({part: torch.from_numpy(codes[key]) for part, key in keys.items() if key in codes})
+        if layer.parts:
+            layer.set_weights({p: tensors[k] for p, k in keys.items() if k in tensors and k not in codes})
 
 
 def _codes(
     key: str, document: Mapping[str, Any], plan: QuantPlan, tensors: Mapping[str, Tensor], path: Path
 ) -> np.ndarray:
     """The codes of one packed weight, (count,), int32, output channels first."""
-    number_format = plan[key.removesuffix(".weight")].weight
+    layer, part = _layer_and_part(key)
+    number_format = plan[layer].weight_of(part)
     # Without an entry, ternary codes take the bits of their format, as all others do.
     coding = document["codings"].get(key, "2bit")
     if key in document["codings"] and not is_ternary(number_format):
@@ -317,26 +384,28 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: corrupted: its header is not JSON ({error})") from None
     found = document.get("version") if isinstance(document, dict) else None
-    if isinstance(found, int) and found > WITH_CODINGS:
+    if isinstance(found, int) and found > WITH_PARTS:
         raise ValueError(
-            f"{path}: packed format {found}, this program reads up to {WITH_CODINGS}: update monai-unetq"
+            f"{path}: packed format {found}, this program reads up to {WITH_PARTS}: update monai-unetq"
         )
     kinds = {"version": int, "network": str, "plan": dict, "packed": dict, "folded": list, "functions": dict, "versions": dict, "checksum": str}  # fmt: skip
-    if found == WITH_CODINGS:
+    if found in (WITH_CODINGS, WITH_PARTS):
         kinds["codings"] = dict
+    if found == WITH_PARTS:
+        kinds["skips"] = list
     for key, kind in kinds.items():
         if not isinstance(document, dict) or not isinstance(document.get(key), kind):
             raise ValueError(f"{path}: corrupted: '{key}' is missing from its header or no {kind.__name__}")
-    if document["version"] not in (PLAIN, WITH_CODINGS):
+    if document["version"] not in (PLAIN, WITH_CODINGS, WITH_PARTS):
         raise ValueError(
-            f"{path}: corrupted: packed format {document['version']}, expected {PLAIN} or {WITH_CODINGS}"
+            f"{path}: corrupted: packed format {document['version']}, expected {PLAIN} to {WITH_PARTS}"
         )
     if _checksum({k: v for k, v in document.items() if k != "checksum"}, tensors) != document["checksum"]:
         raise ValueError(f"{path}: corrupted: its checksum does not match its content")
     missing = [key for key in document["packed"] if key not in tensors or tensors[key].dtype != torch.uint8]
     if missing:
         raise ValueError(f"{path}: corrupted: no packed tensor {missing[0]}")
-    document["codings"] = document["codings"] if found == WITH_CODINGS else {}
+    document = {"codings": {}, "skips": [], **document}
     unknown = sorted(document["codings"].keys() - document["packed"].keys())
     if unknown:
         raise ValueError(f"{path}: corrupted: a coding for '{unknown[0]}', which is no packed weight")

@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..deploy import unpack
-from ..plan import FLOAT_LAYER, QuantPlan
+from ..parts import WHOLE
+from ..plan import FLOAT_LAYER, LayerPlan, QuantPlan
 from ..surgery import observe, plan_of, plan_of_state, quantize, quantized_layers
 from ..surgery.observe import example_for
 
@@ -146,11 +147,18 @@ def _check_formats(network: nn.Module, carried: QuantPlan, path: str) -> None:
     found = plan_of(network).layers if quantized_layers(network) else {}
     for name in sorted(set(found) | set(carried.layers)):
         there, here = carried[name], found.get(name, FLOAT_LAYER)
-        if (there.weight, there.inputs) != (here.weight, here.inputs):
+        if (there.weights, there.inputs) != (here.weights, here.inputs):
             raise ValueError(
-                f"{path}: layer '{name}' is {there.weight}/{there.input} there, {here.weight}/{here.input} was "
-                "asked for; ask for the same formats, for none, or begin with float weights"
+                f"{path}: layer '{name}' is {_formats(there)} there, {_formats(here)} was asked for; ask for the "
+                "same formats, for none, or begin with float weights"
             )
+
+
+def _formats(layer: LayerPlan) -> str:
+    return ", ".join(
+        f"{'' if part == WHOLE else part + ' '}{layer.weight_of(part)}/{layer.input_of(part)}"
+        for part in layer.parts
+    )
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

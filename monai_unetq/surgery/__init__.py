@@ -1,12 +1,17 @@
-"""Network in, network out: observe, quantize, dequantize, fold."""
+"""Network in, network out: observe, find skips, split, quantize, dequantize, fold."""
 
 from .fold import fold
 from .observe import Trace, observe
 from .quantize import dequantize, plan_of, plan_of_state, quantize, quantized_layers, set_quantizers
+from .skips import SkipConvolution, Skips, find_skips
+from .split import split
 
 __all__ = [
+    "SkipConvolution",
+    "Skips",
     "Trace",
     "dequantize",
+    "find_skips",
     "fold",
     "observe",
     "plan_of",
@@ -14,4 +19,5 @@ __all__ = [
     "quantize",
     "quantized_layers",
     "set_quantizers",
+    "split",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import PAIRED_NORMS, QUANTIZED_LAYERS, PairedNorm, QuantizedLayer
+from ..layers import PAIRED_NORMS, PairedNorm, QuantizedLayer, folded_log2_scale, is_quantizable
 from .observe import example_for, observe, shares_weight
 
 __all__ = ["FoldedNorm", "fold", "fold_pairs", "take_norm_out"]
@@ -66,9 +66,9 @@ def fold_pairs(network: nn.Module) -> nn.Module:
     """
     layers = {name: m for name, m in network.named_modules() if isinstance(m, QuantizedLayer)}
     for name, layer in layers.items():
-        if layer.input_quantizer.observer is not None:
+        if any(quantizer.observer is not None for quantizer in layer.quantizers):
             raise ValueError(f"layer '{name}' is being calibrated: finish calibrate before fold")
-        if not (layer.input_quantizer.enabled and layer.weight_quantizer.enabled):
+        if not all(quantizer.enabled for quantizer in layer.quantizers):
             raise ValueError(f"layer '{name}' has its quantizers off: set_quantizers(network, True) first")
     network.eval()
     for layer in layers.values():
@@ -78,24 +78,25 @@ def fold_pairs(network: nn.Module) -> nn.Module:
 
 
 def _fold_pair(layer: QuantizedLayer, norm: PairedNorm) -> None:
-    quantizer = layer.weight_quantizer
+    quantizers, seen = layer.weight_quantizers, layer.folded_weights()
     weight, _ = layer.effective_parameters()
-    # The printed formula does not round its own top value to itself.
-    codes = quantizer.codes(layer.folded_weight()) if quantizer.number_format.kind == "literal" else None
     bias = layer.folded_bias(norm)
-    _, after = layer.norm_factors(norm)
-    if after is not None:
-        quantizer.log2_scale.copy_(layer.folded_log2_scale(after))
+    # The printed formula does not round its own top value to itself.
+    codes = {p: q.codes(seen[p]) for p, q in quantizers.items() if q.number_format.kind == "literal"}
+    for quantizer in quantizers.values():
+        _, after = layer.norm_factors(norm, quantizer)
+        if after is not None:
+            quantizer.log2_scale.copy_(folded_log2_scale(quantizer, after))
     layer.pair_with(None)
     _set_parameters(layer, weight, bias)
-    if codes is not None:
+    if codes:
         layer.set_codes(codes)
     take_norm_out(norm)
 
 
 def _fold_float(layer: Any, norm: nn.Module) -> None:
     # A subclass may do more than its base, and a weight that is no parameter is computed anew in every forward.
-    if type(layer) not in QUANTIZED_LAYERS or "weight" not in layer._parameters:
+    if not is_quantizable(layer) or "weight" not in layer._parameters:
         return
     if type(norm) not in PAIRED_NORMS or not isinstance(norm, _BatchNorm):
         return

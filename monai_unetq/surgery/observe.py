@@ -6,7 +6,7 @@ negative, is read off the operations that ran (design decision 4).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -62,6 +62,9 @@ class Operation:
         inputs: numbers of the tensors that went in.
         outputs: numbers of the tensors that came out.
         constant: the number that an addition adds or a padding pads with; 0 for any other operation.
+        layer: the convolution, transposed convolution or linear layer that it is part of; empty outside of them.
+        pointwise: whether every value of the result comes from the values at its place alone.
+        arguments: its other arguments, by name; empty inside layers.
     """
 
     name: str
@@ -69,6 +72,9 @@ class Operation:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     constant: float = 0.0
+    layer: str = ""
+    pointwise: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class LayerCall:
         signed: whether the input could be negative when the layer ran (later it may be changed in place).
         channels_second: whether the output has its channels in axis 1, where a batch norm takes them: not so
             for a linear layer on sequences, nor without a batch axis.
+        position: how many operations of the trace had run when it returned.
     """
 
     layer: str
@@ -93,6 +100,7 @@ class LayerCall:
     output_shape: tuple[int, ...]
     signed: bool
     channels_second: bool
+    position: int = 0
 
 
 @dataclass
@@ -104,6 +112,7 @@ class Trace:
     norm_inputs: dict[str, list[int]] = field(default_factory=dict)
     network_input: int = -1
     network_outputs: set[int] = field(default_factory=set)
+    shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
     nonnegative: set[int] = field(default_factory=set)
 
     def layers(self) -> list[str]:
@@ -150,6 +159,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.trace = Trace()
         self.stack: list[str] = []
+        self.layer = ""  # the one that is running
         self._numbers: dict[int, int] = {}
         self._alive: list[Tensor] = []  # so that no tensor's identity is used twice
 
@@ -157,6 +167,7 @@ class _Recorder(TorchDispatchMode):
         if id(tensor) not in self._numbers:
             self._numbers[id(tensor)] = len(self._alive)
             self._alive.append(tensor)
+            self.trace.shapes[self._numbers[id(tensor)]] = tuple(tensor.shape)
         return self._numbers[id(tensor)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -171,7 +182,20 @@ class _Recorder(TorchDispatchMode):
         constant = 0.0
         if name == "constant_pad_nd" or (name in ("add", "add_") and len(tensors) == 1):
             constant = float(numbers[0]) if numbers else 0.0
-        self.trace.operations.append(Operation(name, module, tuple(tensors), tuple(results), constant))
+        arguments = {}
+        if not self.layer:
+            given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
+            arguments = {
+                name: value
+                for name, value in {**given, **(kwargs or {})}.items()
+                if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+            }
+        pointwise = torch.Tag.pointwise in func.tags
+        self.trace.operations.append(
+            Operation(
+                name, module, tuple(tensors), tuple(results), constant, self.layer, pointwise, arguments
+            )
+        )
         known = self.trace.nonnegative
         clamps_above = name in ("clamp", "clamp_", "hardtanh", "hardtanh_", "clamp_min", "clamp_min_") and (
             isinstance(low := (args[1] if len(args) > 1 else (kwargs or {}).get("min", -1)), (int, float))
@@ -195,7 +219,7 @@ def observe(network: nn.Module, example: Tensor) -> Trace:
     """Run the network once on an example, in evaluation mode and without gradients, and record what happens.
 
     Args:
-        network: float or quantized; its mode is restored, its state is not touched.
+        network: float or quantized; its mode, its buffers and torch's random numbers are as before after it.
         example: (N, C, spatial…) or whatever its forward takes as one tensor, on the network's device.
 
     Raises:
@@ -215,6 +239,7 @@ def observe(network: nn.Module, example: Tensor) -> Trace:
                 trace.norm_inputs.setdefault(names[module], []).append(number)
             else:
                 signs.append(number not in trace.nonnegative)
+                recorder.layer = names[module]
 
     def leave(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         name = recorder.stack.pop()
@@ -223,13 +248,15 @@ def observe(network: nn.Module, example: Tensor) -> Trace:
             numbers = recorder.number(tensor), recorder.number(out)
             shapes = tuple(tensor.shape), tuple(out.shape)
             channels_second = out.dim() == cast(Tensor, module.weight).dim()
-            trace.calls.append(LayerCall(name, *numbers, *shapes, signs.pop(), channels_second))
+            recorder.layer = ""
+            position = len(trace.operations)
+            trace.calls.append(LayerCall(name, *numbers, *shapes, signs.pop(), channels_second, position))
 
     for module in names:
         hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         hooks.append(module.register_forward_hook(leave, with_kwargs=True))
     try:
-        with evaluating(network), torch.no_grad(), recorder:
+        with evaluating(network), _unchanged(network, example.device), torch.no_grad(), recorder:
             trace.network_input = recorder.number(example)
             out = network(example)
             trace.network_outputs.update(
@@ -269,6 +296,25 @@ def example_for(network: nn.Module) -> Tensor:
     raise ValueError(
         f"{type(network).__name__} has no convolution to take an example's shape from: give example="
     )
+
+
+@contextmanager
+def _unchanged(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Buffers and random numbers as they were, whatever the network's forward does to them."""
+    buffers = [(module, dict(module._buffers)) for module in network.modules()]
+    values = {id(b): (b, b.detach().clone()) for _, found in buffers for b in found.values() if b is not None}
+    versions = {key: buffer._version for key, (buffer, _) in values.items()}
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for module, found in buffers:
+            module._buffers.update(found)
+        with torch.no_grad():
+            for key, (buffer, value) in values.items():
+                if buffer._version != versions[key]:
+                    buffer.copy_(value)
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,14 @@ from ..layers import (
     QUANTIZED_LAYERS,
     PairedNorm,
     QuantizedLayer,
+    SplitLayer,
     dequantize_layer,
+    is_quantizable,
     quantize_layer,
+    split_layer,
 )
-from ..plan import WHOLE, LayerPlan, QuantPlan
+from ..parts import WHOLE, Part, part_name
+from ..plan import LayerPlan, QuantPlan
 from ..quantizers import Quantizer
 from .observe import NORMS, Trace, example_for, observe, shares_weight
 
@@ -67,7 +72,7 @@ def quantize(network: nn.Module, plan: QuantPlan, example: Tensor | None = None)
             raise ValueError(f"plan: layer '{name}' is not in {type(network).__name__}")
         if isinstance(modules[name], QuantizedLayer):
             raise ValueError(f"plan: layer '{name}' is quantized already; call dequantize first")
-        if type(modules[name]) not in QUANTIZED_LAYERS:
+        if not is_quantizable(modules[name]):
             raise ValueError(
                 f"plan: layer '{name}' is a {type(modules[name]).__name__}, expected one of "
                 + ", ".join(cls.__name__ for cls in QUANTIZED_LAYERS)
@@ -79,21 +84,28 @@ def quantize(network: nn.Module, plan: QuantPlan, example: Tensor | None = None)
         same = {other for other, module in modules.items() if module is modules[name]} & ran
         if not same:
             raise ValueError(f"plan: layer '{name}' did not run on the example, so its input is unknown")
-        inputs[name] = _resolve(plan[name].input, trace, min(same))
+        _check_parts(name, plan[name], modules[name])
+        inputs[name] = {
+            part: _resolve(number_format, trace, min(same))
+            for part, number_format in plan[name].inputs.items()
+        }
         _check_values(name, modules[name])
-        try:
-            Quantizer(inputs[name])
-        except ValueError as error:
-            raise ValueError(f"plan: input of layer '{name}': {error}") from None
+        for number_format in inputs[name].values():
+            try:
+                Quantizer(number_format)
+            except ValueError as error:
+                raise ValueError(f"plan: input of layer '{name}': {error}") from None
     for layer_name, norm_name in trace.paired_norms().items():
         if modules[layer_name] in [modules[name] for name in plan]:
             _check_values(norm_name, modules[norm_name])
     for name, layer in plan.layers.items():
         if isinstance(modules[name], QuantizedLayer):  # registered under two names, planned under both
             continue
+        if layer.channels is not None and not isinstance(modules[name], SplitLayer):
+            split_layer(modules[name], [Part(part, count) for part, count in layer.channels.items()])
         quantize_layer(
             modules[name],
-            layer.weight,
+            layer.weights,
             inputs[name],
             per_channel=plan.granularity == "channel",
             power_of_two=plan.scale == "power-of-two",
@@ -102,6 +114,37 @@ def quantize(network: nn.Module, plan: QuantPlan, example: Tensor | None = None)
         )
     pair_norms(network, trace)
     return network
+
+
+def _check_parts(name: str, layer: LayerPlan, module: nn.Module) -> None:
+    """Raise a ValueError unless the layer has the parts that the plan has formats for, or can be split into them."""
+    if isinstance(module, SplitLayer):
+        has = {part.name: part.channels for part in module.parts}
+        asked = layer.channels or dict.fromkeys(layer.parts, 0)
+        if layer.parts == (WHOLE,):
+            return
+        if set(asked) != set(has) or (
+            layer.channels is not None and list(asked.items()) != list(has.items())
+        ):
+            counts = layer.channels is not None
+            raise ValueError(
+                f"plan: layer '{name}' has formats for the parts {_listed(asked, counts)}, but is split into "
+                f"{_listed(has, counts)}"
+            )
+    elif layer.channels is not None:
+        try:
+            split_layer(copy.copy(module), [Part(part, count) for part, count in layer.channels.items()])
+        except ValueError as error:
+            raise ValueError(f"plan: layer '{name}': {error}") from None
+    elif layer.parts != (WHOLE,):
+        raise ValueError(
+            f"plan: layer '{name}' has formats for the parts {', '.join(layer.parts)}, but is not split; call "
+            "split(network, example) first"
+        )
+
+
+def _listed(parts: Mapping[str, int], counts: bool) -> str:
+    return ", ".join(f"{part}={count}" if counts else part for part, count in parts.items())
 
 
 def _check_values(name: str, module: nn.Module) -> None:
@@ -132,7 +175,7 @@ def pair_norms(network: nn.Module, trace: Trace) -> dict[str, str]:
         norm.__class__ = PAIRED_NORMS[type(norm)]
         assert isinstance(norm, PairedNorm)
         layer.pair_with(norm)
-        layer.weight_quantizer.calibrate(layer.folded_weight())
+        layer.calibrate_weight()
         made[layer_name] = norm_name
     for name, module in modules.items():
         if isinstance(module, NORMS) and not isinstance(module, PairedNorm):
@@ -154,7 +197,8 @@ def set_quantizers(network: nn.Module, enabled: bool) -> nn.Module:
         the network.
     """
     for layer in quantized_layers(network).values():
-        layer.input_quantizer.enabled = layer.weight_quantizer.enabled = enabled
+        for quantizer in layer.quantizers:
+            quantizer.enabled = enabled
     return network
 
 
@@ -184,21 +228,21 @@ def plan_of(network: nn.Module) -> QuantPlan:
         raise ValueError(f"{type(network).__name__} is not quantized: call quantize(network, plan) first")
     found = {
         name: LayerPlan(
-            layer.weight_quantizer.number_format,
-            {WHOLE: layer.input_quantizer.number_format},
+            {part: quantizer.number_format for part, quantizer in layer.weight_quantizers.items()},
+            {part: quantizer.number_format for part, quantizer in layer.input_quantizers.items()},
             "accumulator" if layer.rounds_bias else "float",
+            {part.name: part.channels for part in layer.parts} or None,
         )
         for name, layer in layers.items()
     }
-    quantizers = [q for layer in layers.values() for q in (layer.input_quantizer, layer.weight_quantizer)]
+    quantizers = [quantizer for layer in layers.values() for quantizer in layer.quantizers]
+    weights = [quantizer for layer in layers.values() for quantizer in layer.weight_quantizers.values()]
     # The scales of pow2 are powers of two in any plan.
     free = [q for q in quantizers if q.number_format.has_free_scale and q.number_format.kind != "pow2"]
     return QuantPlan(
         found,
         scale="power-of-two" if all(q.power_of_two for q in free) else "free",
-        granularity="channel"
-        if any(layer.weight_quantizer.channels for layer in layers.values())
-        else "tensor",
+        granularity="channel" if any(quantizer.channels for quantizer in weights) else "tensor",
         learned=any(q.learned for q in free),
     )
 
@@ -211,24 +255,22 @@ def plan_of_state(state: Mapping[str, Tensor]) -> QuantPlan | None:
     Raises:
         ValueError: if a quantizer's state is incomplete or holds no format; the message names the key.
     """
-    suffix = ".weight_quantizer.format_code"
     layers, flags, per_channel = {}, [], False
-    for name in (key.removesuffix(suffix) for key in state if key.endswith(suffix)):
-        formats = []
-        for quantizer in ("weight_quantizer", "input_quantizer"):
-            key = f"{name}.{quantizer}"
+    for name, keys, channels in _quantizers_in(state):
+        formats: dict[str, dict[str, QFormat]] = {"weight": {}, "input": {}}
+        for part, what, key in keys:
             code, scale = (state.get(f"{key}.{entry}") for entry in ("format_code", "log2_scale"))
             if code is None or scale is None or tuple(code.shape) != (5,):
                 raise ValueError(f"state: '{key}' is incomplete, expected format_code (5,) and log2_scale")
             *number_format, power_of_two = code.tolist()
             try:
-                formats.append(QFormat.from_code(number_format))
+                found = formats[what][part] = QFormat.from_code(number_format)
             except ValueError as error:
                 raise ValueError(f"state: '{key}.format_code': {error}") from None
-            if formats[-1].has_free_scale and formats[-1].kind != "pow2":
+            if found.has_free_scale and found.kind != "pow2":
                 flags.append(bool(power_of_two))
             per_channel |= scale.dim() > 0
-        layers[name] = LayerPlan(formats[0], {WHOLE: formats[1]})
+        layers[name] = LayerPlan(formats["weight"], formats["input"], channels=channels)
     if not layers:
         return None
     return QuantPlan(
@@ -236,3 +278,29 @@ def plan_of_state(state: Mapping[str, Tensor]) -> QuantPlan | None:
         scale="power-of-two" if all(flags) else "free",
         granularity="channel" if per_channel else "tensor",
     )
+
+
+def _quantizers_in(
+    state: Mapping[str, Tensor],
+) -> Iterator[tuple[str, list[tuple[str, str, str]], dict[str, int] | None]]:
+    """Quantized layers of a state: name; part, weight or input, and key of each quantizer; channels of the parts."""
+    whole, split = ".weight_quantizer.format_code", ".weight_parts.channels"
+    for key in state:
+        if key.endswith(whole):
+            name = key.removesuffix(whole)
+            yield name, [(WHOLE, what, f"{name}.{what}_quantizer") for what in ("weight", "input")], None
+        elif key.endswith(split):
+            name = key.removesuffix(split)
+            prefix, end = f"{name}.weight_parts.", ".format_code"
+            found = [k[len(prefix) : -len(end)] for k in state if k.startswith(prefix) and k.endswith(end)]
+            sizes = state[key].tolist()
+            if len(found) != len(sizes):
+                raise ValueError(
+                    f"state: '{key}' is of {len(sizes)} parts, but there are quantizers of {found}"
+                )
+            keys = [
+                (part_name(part), what, f"{name}.{what}_parts.{part}")
+                for part in found
+                for what in ("weight", "input")
+            ]
+            yield name, keys, dict(zip(map(part_name, found), sizes, strict=True))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..formats import QFormat
 from ..layers import QuantizedLayer
-from ..quantizers import RangeMethod, fake_quantize
+from ..quantizers import Quantizer, RangeMethod, fake_quantize
 from .observe import Trace
 from .quantize import quantized_layers
 
@@ -51,7 +51,10 @@ class _Groups:
 
 @torch.no_grad()
 def rescale(
-    network: nn.Module, trace: Trace, inputs: Mapping[str, Tensor], method: RangeMethod = "mse"
+    network: nn.Module,
+    trace: Trace,
+    inputs: Mapping[str, Mapping[str, Tensor]],
+    method: RangeMethod = "mse",
 ) -> dict[str, int]:
     """Rescale quantized layers by powers of two, in place, for the formats that the network has.
 
@@ -61,7 +64,7 @@ def rescale(
         network: quantized, with ReLU (or another homogeneous activation) between the layers. Where other
             operations follow a layer, its gain stays 1.
         trace: one observed pass of the network as it is now.
-        inputs: layer name → sample of the values that reach it, any shape.
+        inputs: layer name → part of its input → sample of the values that reach it, any shape.
         method: how calibrated weight scales are found again; see ``calibrate``.
 
     Returns:
@@ -69,8 +72,8 @@ def rescale(
     """
     layers = quantized_layers(network)
     groups = _group(trace, layers)
-    weight_error = {n: _weight_errors(layer) for n, layer in layers.items()}
-    input_error = {n: _errors(layer.input_quantizer.number_format, inputs[n]) for n, layer in layers.items()}
+    weight_error = {n: _all_errors(m.weight_quantizers, m.folded_weights()) for n, m in layers.items()}
+    input_error = {n: _all_errors(m.input_quantizers, inputs[n]) for n, m in layers.items()}
 
     def cost(gains: Mapping[str, int]) -> float:
         total = 0.0
@@ -95,7 +98,7 @@ def rescale(
     for name, layer in layers.items():
         own = gains[groups.group_of[name]] if name in groups.group_of else 0
         _apply(layer, 2.0 ** gains[groups.source_of[name]], 2.0**own)
-        layer.weight_quantizer.calibrate(layer.folded_weight(), method)
+        layer.calibrate_weight(method)
         if own:
             applied[name] = own
     return applied
@@ -103,9 +106,10 @@ def rescale(
 
 def _apply(layer: QuantizedLayer, source: float, own: float) -> None:
     """The layer's input comes times ``source``, its result is to go times ``own``."""
-    quantizer, norm = layer.input_quantizer, layer.paired_norm
-    if quantizer.number_format.has_free_scale:
-        quantizer.set_scale(quantizer.scale * source)
+    for quantizer in layer.input_quantizers.values():
+        if quantizer.number_format.has_free_scale:
+            quantizer.set_scale(quantizer.scale * source)
+    norm = layer.paired_norm
     if norm is None:
         layer.weight.mul_(own / source)
         if layer.bias is not None:
@@ -147,8 +151,10 @@ def _errors(number_format: QFormat, values: Tensor) -> Callable[[int], float]:
     return error
 
 
-def _weight_errors(layer: QuantizedLayer) -> Callable[[int], float]:
-    return _errors(layer.weight_quantizer.number_format, layer.folded_weight())
+def _all_errors(quantizers: Mapping[str, Quantizer], values: Mapping[str, Tensor]) -> Callable[[int], float]:
+    """The errors of a tensor's parts, added; all of them take the same exponent."""
+    errors = [_errors(quantizer.number_format, values[part]) for part, quantizer in quantizers.items()]
+    return lambda exponent: sum(error(exponent) for error in errors)
 
 
 def _group(trace: Trace, layers: Mapping[str, QuantizedLayer]) -> _Groups:
@@ -173,9 +179,8 @@ def _group(trace: Trace, layers: Mapping[str, QuantizedLayer]) -> _Groups:
     source: dict[int, str] = {}
     for tensor, name in produced.items():
         source[tensor] = find(name) if name in gained else _FIXED
-    quantizing = (".input_quantizer", ".weight_quantizer")
     for op in trace.operations:
-        if op.module in layers or op.module.endswith(quantizing):
+        if op.layer in layers:
             continue  # inside a layer: its result stands above
         met = [source.get(t, _FIXED) for t in op.inputs]
         homogeneous = op.name in _HOMOGENEOUS and op.constant == 0

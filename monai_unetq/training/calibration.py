@@ -57,11 +57,14 @@ def calibrate(network: nn.Module, batches: Iterable[Any], method: RangeMethod = 
     if not layers:
         raise ValueError(f"{type(network).__name__} is not quantized: call quantize(network, plan) first")
     device = next(network.parameters()).device
-    observers = {name: RangeObserver() for name in layers}
+    observers = {
+        name: {part: RangeObserver() for part in layer.input_quantizers} for name, layer in layers.items()
+    }
     example: Tensor | None = None
     try:
         for name, layer in layers.items():
-            layer.input_quantizer.observer = observers[name]
+            for part, quantizer in layer.input_quantizers.items():
+                quantizer.observer = observers[name][part]
         with evaluating(network):
             for number, batch in enumerate(batches):
                 image = image_of(batch).to(device)
@@ -71,22 +74,26 @@ def calibrate(network: nn.Module, batches: Iterable[Any], method: RangeMethod = 
                 network(image)
     finally:
         for layer in layers.values():
-            layer.input_quantizer.observer = None
+            for quantizer in layer.input_quantizers.values():
+                quantizer.observer = None
     if example is None:
         raise ValueError("calibrate: no batch was given, expected at least one batch of training images")
     for name, layer in layers.items():
-        quantizer = layer.input_quantizer
-        if quantizer.number_format.has_free_scale:
-            try:
-                quantizer.set_scale(
-                    observers[name].scale(quantizer.number_format, method, quantizer.power_of_two)
-                )
-            except ValueError as error:
-                raise ValueError(f"layer '{name}': {error}") from None
-        layer.weight_quantizer.calibrate(layer.folded_weight(), method)
-    quantizers = [q for layer in layers.values() for q in (layer.input_quantizer, layer.weight_quantizer)]
+        for part, quantizer in layer.input_quantizers.items():
+            if quantizer.number_format.has_free_scale:
+                try:
+                    found = observers[name][part].scale(
+                        quantizer.number_format, method, quantizer.power_of_two
+                    )
+                except ValueError as error:
+                    raise ValueError(f"layer '{name}': {error}") from None
+                quantizer.set_scale(found)
+        layer.calibrate_weight(method)
+    quantizers = [quantizer for layer in layers.values() for quantizer in layer.quantizers]
     if any(quantizer.number_format.step is not None for quantizer in quantizers):
-        seen = {name: observer.values() for name, observer in observers.items()}
+        seen = {
+            name: {part: o.values() for part, o in by_part.items()} for name, by_part in observers.items()
+        }
         rescale(network, observe(network, example), seen, method)
     return network
 

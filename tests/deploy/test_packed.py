@@ -25,6 +25,7 @@ from monai_unetq.deploy import packed as packing
 from monai_unetq.deploy.coding import TernaryCoding
 from monai_unetq.formats import QFormat
 from monai_unetq.networks import FixedPointUNet
+from monai_unetq.parts import WHOLE
 from monai_unetq.plan import LayerPlan, QuantPlan
 from monai_unetq.surgery import fold, plan_of, quantize
 from monai_unetq.surgery.quantize import quantized_layers
@@ -361,11 +362,11 @@ def test_a_missing_file_or_a_folder(tmp_path: Path) -> None:
 
 def test_a_newer_version_is_named(packed: Path, tmp_path: Path) -> None:
     def newer(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-        document["version"] = 3
+        document["version"] = 4
         document["folded"] = {"another": "structure"}
 
     path = rewritten(packed, tmp_path / "newer.unetq", newer)
-    assert "packed format 3, this program reads up to 2: update monai-unetq" in refused(path)
+    assert "packed format 4, this program reads up to 3: update monai-unetq" in refused(path)
 
 
 def test_a_changed_header_or_tensor_is_refused(packed: Path, tmp_path: Path) -> None:
@@ -510,8 +511,8 @@ def test_the_plan_is_in_the_file(packed: Path) -> None:
     document, _, _ = read_independently(packed)
     plan = QuantPlan.from_json(document["plan"])
     assert dict(plan.layers) == {
-        "0": LayerPlan(QFormat("Q0.4"), {"input": QFormat("UQ0.8")}),
-        "3": LayerPlan(QFormat("Q0.4"), {"input": QFormat("UQ6.0")}),
+        "0": LayerPlan({WHOLE: QFormat("Q0.4")}, {"input": QFormat("UQ0.8")}),
+        "3": LayerPlan({WHOLE: QFormat("Q0.4")}, {"input": QFormat("UQ6.0")}),
     }
     assert document["folded"] == ["1"]
     assert set(document["versions"]) == {"monai-unetq", "torch"}

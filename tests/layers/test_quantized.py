@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from monai_unetq.formats import QFormat
 from monai_unetq.layers import QUANTIZED_LAYERS, QuantizedLayer, dequantize_layer, quantize_layer
+from monai_unetq.parts import WHOLE
 from monai_unetq.quantizers import Quantizer, find_scale
 
 SIZES = {1: (11,), 2: (9, 10), 3: (5, 6, 7)}
@@ -455,7 +456,7 @@ def test_codes_restore_the_rounded_weight(
     assert codes.shape[0] == 8
     with torch.no_grad():
         layer.weight.zero_()
-    layer.set_codes(codes)
+    layer.set_codes({WHOLE: codes})
     assert torch.equal(weight_bits(layer), rounded), "rounded again it is another weight"
     assert torch.equal(layer(image), out)
     if weight != "Q0.4:literal":  # a whole magnitude would wrap to 0 when rounded again, so it stands below

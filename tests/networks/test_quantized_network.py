@@ -15,6 +15,7 @@ from torch import nn
 from monai_unetq import LayerPlan, QFormat, QuantPlan, pack, plan_of
 from monai_unetq.layers import QuantizedLayer
 from monai_unetq.networks import FixedPointUNet, QuantizedNetwork, state_file
+from monai_unetq.parts import WHOLE
 from monai_unetq.surgery import quantized_layers
 
 UNET = {
@@ -84,7 +85,7 @@ def test_last_is_the_layer_that_runs_last_not_the_one_registered_last() -> None:
 def test_layers_stay_float_by_pattern_and_formats_may_come_from_a_plan_file(tmp_path: Path) -> None:
     made = QuantizedNetwork(small(), weights="int8", activations="int8", keep_float=["decoder.*"])
     assert all(name.startswith(("encoder", "last")) for name in quantized_layers(made))
-    plan = QuantPlan({"encoder.0.conv2": LayerPlan(QFormat("Q0.4"), {"input": QFormat("UQ6.0")})})
+    plan = QuantPlan({"encoder.0.conv2": LayerPlan({WHOLE: QFormat("Q0.4")}, {"input": QFormat("UQ6.0")})})
     plan.save(tmp_path / "plan.json")
     for given in (plan, tmp_path / "plan.json", str(tmp_path / "plan.json")):
         made = QuantizedNetwork(small(), plan=given)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from monai_unetq.formats import QFormat
 from monai_unetq.layers import PairedNorm, QuantizedLayer
 from monai_unetq.networks import FixedPointUNet
+from monai_unetq.parts import WHOLE
 from monai_unetq.plan import LayerPlan, QuantPlan
 from monai_unetq.surgery import dequantize, fold, plan_of, plan_of_state, quantize, set_quantizers
 from monai_unetq.surgery.quantize import quantized_layers
@@ -136,7 +137,7 @@ class Odd(nn.Module):
 
 
 def layer_plan(weight: str = "Q0.4", input: str = "Q6.0") -> LayerPlan:
-    return LayerPlan(QFormat(weight), {"input": QFormat(input)})
+    return LayerPlan({WHOLE: QFormat(weight)}, {"input": QFormat(input)})
 
 
 @pytest.mark.parametrize(
@@ -412,7 +413,7 @@ def test_biases_are_rounded_where_the_plan_says_so(bias: Any) -> None:
     with torch.no_grad():
         network[0].bias.copy_(torch.tensor([0.3, 0.7]))  # type: ignore[operator]
     formats = {"input": QFormat("UQ0.2")}
-    quantize(network, QuantPlan({"0": LayerPlan(QFormat("Q0.2"), formats, bias)}))
+    quantize(network, QuantPlan({"0": LayerPlan({WHOLE: QFormat("Q0.2")}, formats, bias)}))
     layer = quantized_layers(network)["0"]
     _, found = layer.effective_parameters()
     expected = torch.tensor([0.3125, 0.6875] if bias == "accumulator" else [0.3, 0.7])  # step 2^-2 · 2^-2

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_unetq.networks import FixedPointUNet
+from monai_unetq.parts import WHOLE
 from monai_unetq.plan import QuantPlan
 from monai_unetq.quantizers import RangeObserver
 from monai_unetq.surgery import dequantize, observe, quantize
@@ -81,7 +82,9 @@ def rescaled(network: nn.Module) -> dict[str, int]:
     run(network)
     for layer in layers.values():
         layer.input_quantizer.observer = None
-    return rescale(network, observe(network, IMAGE), {name: o.values() for name, o in observers.items()})
+    return rescale(
+        network, observe(network, IMAGE), {name: {WHOLE: o.values()} for name, o in observers.items()}
+    )
 
 
 def assert_same_function(after: Tensor, before: Tensor) -> None:

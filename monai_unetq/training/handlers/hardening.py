@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +12,8 @@ from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
 from ...layers import QuantizedLayer
+from ...parts import WHOLE
+from ...quantizers import Quantizer
 from ...surgery import quantized_layers
 from .processes import broadcast_state, unwrapped
 
@@ -56,7 +58,8 @@ class TernaryAnnealing:
 
     def __call__(self, engine: Engine) -> None:
         """Set β for the epoch that has just begun."""
-        inputs = [layer.input_quantizer for layer in quantized_layers(unwrapped(self.network)).values()]
+        layers = quantized_layers(unwrapped(self.network)).values()
+        inputs = [quantizer for layer in layers for quantizer in layer.input_quantizers.values()]
         ternary = [q for q in inputs if q.number_format.kind == "ternary" and q.number_format.signed]
         if not ternary:
             return
@@ -133,9 +136,11 @@ class IncrementalFreezing:
         self._held: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """For a checkpoint: layer → which weights are frozen, bool, output channels first."""
-        layers = _power_of_two_layers(self.network).items()
-        masks = {name: layer.weight_quantizer.frozen for name, layer in layers}
+        """For a checkpoint: weight → which of its values are frozen, bool, output channels first.
+
+        A weight is called by its layer, and by its part where that is split: ``decoder.0.conv1[skip]``.
+        """
+        masks = {name: quantizer.frozen for name, quantizer, _ in _weights(self.network)}
         return {"masks": {name: mask for name, mask in masks.items() if mask is not None}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -144,24 +149,26 @@ class IncrementalFreezing:
         Raises:
             ValueError: if the masks are not those of this network's layers; nothing is changed then.
         """
-        layers = quantized_layers(unwrapped(self.network))
+        weights = {
+            name: (quantizer, weight) for name, quantizer, weight in _weights(self.network, of_all=True)
+        }
         masks = state.get("masks")
         if not isinstance(masks, Mapping):
             raise ValueError(
                 "IncrementalFreezing: the checkpoint's state has no 'masks', expected what state_dict gives"
             )
         for name, mask in masks.items():
-            if name not in layers:
+            if name not in weights:
                 raise ValueError(f"IncrementalFreezing: the checkpoint has frozen weights of layer '{name}', which is not quantized here; resume with the same network")  # fmt: skip
-            expected = tuple(layers[name].folded_weight().shape)
+            expected = tuple(weights[name][1].shape)
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != expected:
                 found = (
                     f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
                 )
                 raise ValueError(f"IncrementalFreezing: the checkpoint's mask of layer '{name}' is {found}, expected torch.bool {expected}; resume with the same network")  # fmt: skip
-        for name, layer in layers.items():
+        for name, (quantizer, weight) in weights.items():
             mask = masks.get(name)
-            layer.weight_quantizer.frozen = None if mask is None else mask.to(layer.weight.device)
+            quantizer.frozen = None if mask is None else mask.to(weight.device)
 
     def attach(self, engine: Engine) -> None:
         """Freeze from now on at the start of the engine's epochs, and hold after its steps; the engine is a trainer."""
@@ -176,24 +183,21 @@ class IncrementalFreezing:
     @torch.no_grad()
     def _freeze(self, engine: Engine) -> None:
         self._held = []
-        layers = _power_of_two_layers(self.network).values()
-        if not layers:
+        found = list(_weights(self.network))
+        if not found:
             return
         epoch, epochs = engine.state.epoch - self.start_epoch, self.epochs - self.start_epoch
         share, before = (frozen_share(number, epochs, self.shares) for number in (epoch, epoch - 1))
         if share > 0:
             # Batch norms' statistics, and with them the folded weights, differ between processes by now.
             broadcast_state(unwrapped(self.network))
-        for layer in layers:
-            quantizer = layer.weight_quantizer
-            if share == 0:
-                quantizer.frozen = None
-                continue
-            quantizer.frozen = freeze_largest(
-                layer.folded_weight(), share, quantizer.frozen if before else None
+            found = list(_weights(self.network))
+        for _, quantizer, weight in found:
+            quantizer.frozen = (
+                freeze_largest(weight, share, quantizer.frozen if before else None) if share else None
             )
-            mask = layer.from_output_major(quantizer.frozen)
-            self._held.append((layer.weight, mask, layer.weight.detach().clone()))
+        if share:
+            self._held = [_held(layer) for layer in quantized_layers(unwrapped(self.network)).values()]
         if share > before:
             engine.logger.info(
                 f"epoch {engine.state.epoch}: {share:.1%} of the power-of-two weights are frozen"
@@ -238,9 +242,23 @@ def freeze_largest(weight: Tensor, share: float, frozen: Tensor | None = None) -
     return mask.view(weight.shape)
 
 
-def _power_of_two_layers(network: nn.Module) -> dict[str, QuantizedLayer]:
-    layers = quantized_layers(unwrapped(network))
-    return {n: layer for n, layer in layers.items() if layer.weight_quantizer.number_format.kind == "pow2"}
+def _weights(network: nn.Module, of_all: bool = False) -> Iterator[tuple[str, Quantizer, Tensor]]:
+    """Name, quantizer and weight as it sees it, of every power-of-two weight, or of all; parts of a layer apart."""
+    for name, layer in quantized_layers(unwrapped(network)).items():
+        weights = layer.folded_weights()
+        for part, quantizer in layer.weight_quantizers.items():
+            if of_all or quantizer.number_format.kind == "pow2":
+                yield name if part == WHOLE else f"{name}[{part}]", quantizer, weights[part]
+
+
+def _held(layer: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's weight, which of its values are frozen, and what they are."""
+    pieces = layer.pieces(layer.output_major(layer.weight.detach()))
+    masks = [
+        torch.zeros_like(piece, dtype=torch.bool) if quantizer.frozen is None else quantizer.frozen
+        for quantizer, piece in zip(layer.weight_quantizers.values(), pieces.values(), strict=True)
+    ]
+    return layer.weight, layer.from_output_major(torch.cat(masks, 1)), layer.weight.detach().clone()
 
 
 def _check_epochs(handler: str, epochs: int, start_epoch: int) -> None:

@@ -14,6 +14,7 @@ from ignite.engine import Engine, EventEnum, Events
 from torch import nn
 
 from ...layers import QUANTIZED_LAYERS, QuantizedLayer
+from ...parts import WHOLE
 from ...quantizers import Quantizer, RangeMethod
 from ...surgery import plan_of, quantized_layers, set_quantizers
 from ..calibration import calibrate, freeze_norms, reestimate_norms
@@ -236,29 +237,35 @@ class QuantizationStats:
 def is_rounding(network: nn.Module) -> bool:
     """Whether the network has quantizers and all of them are on."""
     layers = quantized_layers(network).values()
-    return bool(layers) and all(q.enabled for m in layers for q in (m.input_quantizer, m.weight_quantizer))
+    return bool(layers) and all(quantizer.enabled for layer in layers for quantizer in layer.quantizers)
 
 
 def _has_learned_scales(network: nn.Module) -> bool:
     layers = quantized_layers(network).values()
-    return any(q.learned for m in layers for q in (m.input_quantizer, m.weight_quantizer))
+    return any(quantizer.learned for layer in layers for quantizer in layer.quantizers)
 
 
 @torch.no_grad()
 def weight_statistics(layer: QuantizedLayer) -> tuple[float, float]:
-    """Signal to rounding noise of a layer's weight as its quantizer sees it, in decibel, and share of codes used.
+    """Signal to rounding noise of a layer's weight as its quantizers see it, in decibel, and share of codes used.
 
     Args:
-        layer: with a weight format that rounds, its quantizers on.
+        layer: with weight formats that round, its quantizers on.
 
     Returns:
-        decibels in [-200, 200], share in [0, 1].
+        decibels in [-200, 200], share in [0, 1], of a split layer that of all its parts' codes.
     """
-    quantizer, weight = layer.weight_quantizer, layer.folded_weight()
-    signal = float(weight.double().square().sum())
-    noise = float((quantizer(weight).double() - weight.double()).square().sum())
-    used = torch.unique(quantizer.codes(weight)).numel()
-    return _decibel(signal, noise), used / quantizer.number_format.levels
+    signal = noise = 0.0
+    used = levels = 0
+    quantizers = layer.weight_quantizers
+    for part, weight in layer.folded_weights().items():
+        quantizer = quantizers[part]
+        signal += float(weight.double().square().sum())
+        noise += float((quantizer(weight).double() - weight.double()).square().sum())
+        if not quantizer.number_format.is_float:
+            used += torch.unique(quantizer.codes(weight)).numel()
+            levels += quantizer.number_format.levels
+    return _decibel(signal, noise), used / levels
 
 
 def _decibel(signal: float, noise: float) -> float:
@@ -273,18 +280,26 @@ def _decibel(signal: float, noise: float) -> float:
 
 def _statistics(network: nn.Module) -> dict[str, float]:
     layers = quantized_layers(network)
-    weights = weight_bits = input_bits = 0
+    weights = weight_bits = 0
+    input_bits = 0.0
     for name, module in _layers(network).items():
         count = module.weight.numel()
         weights += count
-        weight_bits += count * (layers[name].weight_quantizer.number_format.bits if name in layers else 32)
-        input_bits += layers[name].input_quantizer.number_format.bits if name in layers else 32
+        if name not in layers:
+            weight_bits, input_bits = weight_bits + 32 * count, input_bits + 32
+            continue
+        layer = layers[name]
+        quantizers, pieces = layer.weight_quantizers, layer.pieces(layer.output_major(layer.weight))
+        weight_bits += sum(q.number_format.bits * pieces[part].numel() for part, q in quantizers.items())
+        channels = {part.name: part.channels for part in layer.parts} or {WHOLE: 1}
+        bits = sum(q.number_format.bits * channels[part] for part, q in layer.input_quantizers.items())
+        input_bits += bits / sum(channels.values())
     found = {
         "mean_weight_bits": weight_bits / weights,
         "mean_activation_bits": input_bits / len(_layers(network)),
     }
     for name, layer in layers.items():
-        if not layer.weight_quantizer.number_format.is_float:
+        if not all(quantizer.number_format.is_float for quantizer in layer.weight_quantizers.values()):
             label = re.sub(r"[^A-Za-z0-9_.-]", "_", name) or "network"
             found[f"weight_sqnr_db/{label}"], found[f"weight_codes_used/{label}"] = weight_statistics(layer)
     return found
@@ -296,18 +311,21 @@ def _layers(network: nn.Module) -> dict[str, Any]:
 
 
 def _table(layers: dict[str, QuantizedLayer], scales: bool) -> list[str]:
-    """The lines of a table: layers, weight format, input format; consecutive equal rows as one."""
+    """The lines of a table: layers, weight format, input format; consecutive equal rows as one, parts apart."""
+    found = [
+        (name if part == WHOLE else f"{name}[{part}]", weight, layer.input_quantizers[part])
+        for name, layer in layers.items()
+        for part, weight in layer.weight_quantizers.items()
+    ]
 
-    def formats(item: tuple[str, QuantizedLayer]) -> tuple[str, str]:
-        layer = item[1]
-        return str(layer.weight_quantizer.number_format), str(layer.input_quantizer.number_format)
+    def formats(item: tuple[str, Quantizer, Quantizer]) -> tuple[str, str]:
+        return str(item[1].number_format), str(item[2].number_format)
 
     rows = [("layer", "weight", "input")]
-    for _, group in groupby(layers.items(), formats):
-        names, members = zip(*group, strict=True)
+    for _, group in groupby(found, formats):
+        names, weights, inputs = zip(*group, strict=True)
         title = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)})"
-        weight = _cell([m.weight_quantizer for m in members], scales)
-        rows.append((title, weight, _cell([m.input_quantizer for m in members], scales)))
+        rows.append((title, _cell(list(weights), scales), _cell(list(inputs), scales)))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return [f"  {row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in rows]
 

@@ -25,6 +25,7 @@ from torch.nn.parallel import DataParallel
 from monai_unetq.formats import QFormat
 from monai_unetq.layers import PairedNorm, quantize_layer
 from monai_unetq.networks import FixedPointUNet
+from monai_unetq.parts import WHOLE
 from monai_unetq.plan import LayerPlan, QuantPlan
 from monai_unetq.surgery import dequantize, plan_of, quantize, quantized_layers, set_quantizers
 from monai_unetq.training import Calibration, PlanLog, QuantizationStats, calibrate, reestimate_norms
@@ -253,7 +254,9 @@ def test_statistics_are_those_of_the_folded_weight() -> None:
     norm.running_var.fill_(4.0)
     net = nn.Sequential(convolution, norm)
     quantize(
-        net, QuantPlan({"0": LayerPlan(QFormat("Q0.2"), {"input": QFormat("UQ6.0")})}), torch.ones(1, 1, 4, 4)
+        net,
+        QuantPlan({"0": LayerPlan({WHOLE: QFormat("Q0.2")}, {"input": QFormat("UQ6.0")})}),
+        torch.ones(1, 1, 4, 4),
     )
     (layer,) = quantized_layers(net).values()
     assert layer.paired_norm is not None

@@ -1,0 +1,162 @@
+"""Split convolutions: which of a layer's input channels came over a skip connection and which from below, and
+quantizers of their own for each of these parts.
+
+The sum conv(skip) + conv(up) is one convolution over the concatenation, so a split layer is the same object with the
+same weight and computes the same in float. What differs is that every part of the input and of the weight is rounded
+to its own format at its own scale (Guo et al., ISCAS 2022, split convolution; design decision 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..parts import Part, state_key
+from ..quantizers import Quantizer
+
+__all__ = ["SPLIT_LAYERS", "PartQuantizers", "SplitLayer", "split_layer"]
+
+if TYPE_CHECKING:
+
+    class _Layer(nn.Conv2d):
+        pass
+
+else:
+    _Layer = nn.Module
+
+
+class SplitLayer(_Layer):
+    """What the split convolutions share: the parts of their input channels, in order."""
+
+    parts: tuple[Part, ...]
+
+    def extra_repr(self) -> str:
+        """The layer's own line, and the channels of each part."""
+        return f"{super().extra_repr()}, {describe(self.parts)}"
+
+
+def describe(parts: Sequence[Part]) -> str:
+    """Parts and their channels: ``up=64 | skip=64``."""
+    return " | ".join(f"{part.name}={part.channels}" for part in parts)
+
+
+class SplitConv1d(SplitLayer, nn.Conv1d):
+    """``nn.Conv1d`` over a concatenation whose parts are known."""
+
+
+class SplitConv2d(SplitLayer, nn.Conv2d):
+    """``nn.Conv2d`` over a concatenation whose parts are known."""
+
+
+class SplitConv3d(SplitLayer, nn.Conv3d):
+    """``nn.Conv3d`` over a concatenation whose parts are known."""
+
+
+class SplitConvTranspose1d(SplitLayer, nn.ConvTranspose1d):  # type: ignore[misc]
+    """``nn.ConvTranspose1d`` over a concatenation whose parts are known."""
+
+
+class SplitConvTranspose2d(SplitLayer, nn.ConvTranspose2d):  # type: ignore[misc]
+    """``nn.ConvTranspose2d`` over a concatenation whose parts are known."""
+
+
+class SplitConvTranspose3d(SplitLayer, nn.ConvTranspose3d):  # type: ignore[misc]
+    """``nn.ConvTranspose3d`` over a concatenation whose parts are known."""
+
+
+SPLIT_LAYERS: dict[type[nn.Module], type[SplitLayer]] = {
+    nn.Conv1d: SplitConv1d,
+    nn.Conv2d: SplitConv2d,
+    nn.Conv3d: SplitConv3d,
+    nn.ConvTranspose1d: SplitConvTranspose1d,
+    nn.ConvTranspose2d: SplitConvTranspose2d,
+    nn.ConvTranspose3d: SplitConvTranspose3d,
+}
+"""Class of a float convolution → class of the same convolution once it is split."""
+
+
+def split_layer(layer: nn.Module, parts: Sequence[Part]) -> SplitLayer:
+    """Make a float convolution a split one, in place; it computes the same as before.
+
+    Args:
+        layer: a convolution or transposed convolution without groups; its class changes.
+        parts: at least two, in the order of the input channels.
+
+    Raises:
+        ValueError: if the layer cannot be split, or the parts do not add up to its input channels; it stays as it is
+            then.
+    """
+    target = SPLIT_LAYERS.get(type(layer))
+    if target is None:
+        known = ", ".join(cls.__name__ for cls in SPLIT_LAYERS)
+        raise ValueError(f"cannot split a layer of class {type(layer).__name__}; expected one of {known}")
+    groups, channels = cast(int, layer.groups), cast(int, layer.in_channels)
+    if groups != 1:
+        raise ValueError(
+            f"cannot split a convolution with {groups} groups: each sees a part of the channels only"
+        )
+    if len(parts) < 2 or sum(part.channels for part in parts) != channels:
+        raise ValueError(f"the parts {describe(parts)} are not the layer's {channels} input channels")
+    layer.__class__ = target
+    found = cast(SplitLayer, layer)
+    found.parts = tuple(parts)
+    return found
+
+
+class PartQuantizers(nn.Module):
+    """One quantizer for each part of a tensor; the parts stand side by side along one axis.
+
+    State: ``channels``, int32 (parts,), how many channels each part has, and the quantizers' own, under the parts'
+    names (``skip_1`` for ``skip.1``). A network whose layer is split elsewhere refuses to load it.
+
+    Args:
+        quantizers: by part, in the order of the channels.
+        channels: of each part.
+        axis: where the channels are; counted from the end, it holds with and without a batch axis.
+    """
+
+    channels: Tensor
+
+    def __init__(self, quantizers: Mapping[str, Quantizer], channels: Sequence[int], axis: int) -> None:
+        super().__init__()
+        device = next(iter(quantizers.values())).log2_scale.device
+        self.register_buffer("channels", torch.tensor(list(channels), dtype=torch.int32, device=device))
+        self.names = tuple(quantizers)
+        self.sizes = tuple(channels)
+        self.axis = axis
+        for name, quantizer in quantizers.items():
+            self.add_module(state_key(name), quantizer)
+
+    def by_name(self) -> dict[str, Quantizer]:
+        """Part → quantizer."""
+        return {name: cast(Quantizer, getattr(self, state_key(name))) for name in self.names}
+
+    def pieces(self, tensor: Tensor) -> Iterator[tuple[Quantizer, Tensor]]:
+        """Each quantizer and its part of the tensor, a view."""
+        return zip(self.by_name().values(), tensor.split(self.sizes, self.axis), strict=True)
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        """The tensor, each part rounded by its own quantizer; the same shape."""
+        if not any(q.rounds or q.observer is not None for q in self.by_name().values()):
+            return tensor
+        return torch.cat([quantizer(piece) for quantizer, piece in self.pieces(tensor)], self.axis)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        channels = state_dict.get(prefix + "channels")
+        if channels is None and not any(key.startswith(prefix) for key in state_dict):
+            return  # the state of a float network, as in Quantizer
+        found = None if channels is None else tuple(channels.tolist())
+        if found is not None and found != self.sizes:
+            args[-1].append(
+                f"{prefix}channels: the parts have {found} channels there, {self.sizes} here; split the same way"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={size}" for name, size in zip(self.names, self.sizes, strict=True))

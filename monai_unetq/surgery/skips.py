@@ -1,0 +1,527 @@
+"""``find_skips``: which convolutions run over a concatenation of skip connections and an upsampled path.
+
+Every tensor of one observed pass carries what is known of its channels: which layer made them, what they depend on,
+and whether all of them came from a lower resolution. Operations that keep channels apart (normalization, activation,
+dropout, pooling, interpolation, views) pass this on, concatenations put it side by side, all others merge it. No
+class name decides anything (design decision 4).
+
+Of the parts of a concatenation those are ``up`` whose information at this resolution all came from a lower one, and
+the others ``skip``: a skip brings in what never left this resolution, also where it was gated by the upsampled path
+or has passed a decoder of its own. Where that tells nothing, as at the bottom of MONAI's ``UNet``, which has no lower
+resolution, or in a network that draws its skips from tokens, the deepest part is ``up`` and those that it goes around
+are ``skip``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from math import prod
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from ..layers import SPLIT_LAYERS, QuantizedLayer, SplitLayer
+from ..parts import Part, PartKind, parts_of
+from .observe import LayerCall, Operation, Trace, example_for, observe
+
+__all__ = ["SkipConvolution", "Skips", "find_skips"]
+
+
+@dataclass(frozen=True)
+class SkipConvolution:
+    """A concatenation of skips and an upsampled path, and the layer that reads it.
+
+    Attributes:
+        layer: the layer's name; for what reads the concatenation without being a layer, the module it is in.
+        parts: the parts of its input channels, in order, with the layers that made them.
+        resolution: spatial shape of its input.
+        parameters: weights of each part.
+        macs: multiply-accumulates of each part, for one image of the example's size.
+        reason: why ``split`` leaves it alone; empty where it can be split.
+    """
+
+    layer: str
+    parts: tuple[Part, ...]
+    resolution: tuple[int, ...]
+    parameters: tuple[int, ...] = ()
+    macs: tuple[int, ...] = ()
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON document."""
+        return asdict(self)
+
+
+class Skips(tuple[SkipConvolution, ...]):
+    """What ``find_skips`` found, in the order in which the layers run; prints as a table."""
+
+    __slots__ = ()
+
+    @property
+    def splittable(self) -> Skips:
+        """Those that ``split`` turns into split convolutions."""
+        return Skips(found for found in self if not found.reason)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """As a JSON document."""
+        return [found.to_json() for found in self]
+
+    def __str__(self) -> str:
+        if not self:
+            return "no concatenation of a skip and an upsampled path"
+        header = ("layer", "part", "channels", "made by", "resolution", "parameters", "MACs")
+        rows: list[tuple[str, ...]] = [header]
+        for found in self.splittable:
+            resolution = "×".join(map(str, found.resolution))
+            for number, part in enumerate(found.parts):
+                cells = (found.layer, resolution) if number == 0 else ("", "")
+                rows.append(
+                    (cells[0], part.name, str(part.channels), part.source or "the input", cells[1],
+                     f"{found.parameters[number]:,}", f"{found.macs[number]:,}")
+                )  # fmt: skip
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        rows.insert(1, tuple("-" * width for width in widths))
+        numbers = {2, 5, 6}
+        lines = [
+            "  ".join(
+                cell.rjust(width) if column in numbers else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        alone = [
+            f"left alone: {found.layer or 'the network'}: {found.reason}" for found in self if found.reason
+        ]
+        return "\n".join((lines if self.splittable else []) + alone)
+
+
+def find_skips(network: nn.Module, example: Tensor | None = None) -> Skips:
+    """Find every convolution over a concatenation of skip connections and an upsampled path, in one forward pass.
+
+    The network is left as it is: no hooks, no state, the same random numbers after it. Nothing is read off class
+    names, so it works on any network whose forward runs, also on the meta device.
+
+    Args:
+        network: float or quantized, split or not.
+        example: an input that it accepts, (N, C, spatial…), on its device; found out from its first convolution by
+            default. Its size decides the resolutions and MACs that are reported, nothing else.
+
+    Returns:
+        what was found, also what cannot be split and why; ``print`` shows it as a table.
+
+    Raises:
+        ValueError: if the network fails on the example.
+
+    Example:
+        >>> print(find_skips(network, torch.zeros(1, 1, 128, 128)))
+    """
+    example = example_for(network) if example is None else example
+    trace = observe(network, example)
+    modules = dict(network.named_modules())
+    flow = _Flow(trace, modules)
+    flow.run()
+    return Skips(flow.found(example.shape[0]))
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """What is known of channels that came together.
+
+    Attributes:
+        source: the layer that made them; empty for the network's input.
+        made: number of that layer's call, -1 for the network's input, -2 for a constant.
+        seen: the calls that they depend on, a bit each.
+        depth: layers on the longest way to them.
+        below: whether all of it, at the resolution it has, came from a lower one.
+    """
+
+    source: str
+    made: int
+    seen: int
+    depth: int
+    below: bool
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What is known of one tensor: its leaves, which of them each channel belongs to, and how many voxels it had
+    where its layout was last known.
+    """
+
+    leaves: tuple[_Leaf, ...]
+    voxels: int
+    axis: int = 0
+    owners: tuple[int, ...] = ()  # empty where there is one leaf
+
+    def each(self, change: Callable[[_Leaf], _Leaf]) -> _Value:
+        return replace(self, leaves=tuple(change(leaf) for leaf in self.leaves))
+
+    def with_owners(self, axis: int, owners: Sequence[int]) -> _Value:
+        """The same leaves, as far as channels of them are left."""
+        kept = sorted(set(owners))
+        if len(kept) < 2:
+            return _Value(tuple(self.leaves[i] for i in kept) or self.leaves[:1], self.voxels)
+        number = {leaf: i for i, leaf in enumerate(kept)}
+        return _Value(
+            tuple(self.leaves[i] for i in kept), self.voxels, axis, tuple(number[i] for i in owners)
+        )
+
+
+_CONSTANT = _Leaf("", -2, 0, 0, False)
+
+# Operations that give every channel a result of its own, of the same number of channels, in the same layout.
+_RESAMPLING = (
+    "max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "upsample_",
+    "_upsample_", "grid_sampler", "fractional_max_pool",
+)  # fmt: skip
+_NORMS = ("batch_norm", "group_norm", "layer_norm", "instance_norm", "rms_norm")
+_SAME = {
+    "clone", "contiguous", "_to_copy", "detach", "alias", "native_dropout", "dropout", "feature_dropout",
+    "lift_fresh", "cumsum", "flip", "roll", "expand", "copy_", "_reshape_alias",
+}  # fmt: skip
+_VIEWS = {"view", "_unsafe_view", "reshape"}
+
+
+class _Flow:
+    """Follows the channels through a trace."""
+
+    def __init__(self, trace: Trace, modules: Mapping[str, nn.Module]) -> None:
+        self.trace = trace
+        self.modules = modules
+        self.values: dict[int, _Value] = {}
+        self.readers: dict[tuple[str, str], list[SkipConvolution]] = {}
+
+    def run(self) -> None:
+        shape = self.trace.shapes[self.trace.network_input]
+        voxels = prod(shape[2:])
+        self.values[self.trace.network_input] = _Value((_Leaf("", -1, 0, 0, False),), voxels)
+        calls = list(enumerate(self.trace.calls))
+        for position, operation in enumerate(self.trace.operations):
+            while calls and calls[0][1].position <= position:
+                self._call(*calls.pop(0))
+            if not operation.layer:
+                self._operation(operation)
+        for number, call in calls:
+            self._call(number, call)
+
+    def found(self, batch: int) -> list[SkipConvolution]:
+        """One entry for each layer, whatever the number of its calls; MACs for one image."""
+        result = []
+        for entries in self.readers.values():
+            first = entries[0]
+            names = {tuple((p.name, p.channels) for p in entry.parts) for entry in entries}
+            calls = len(self.trace.calls_of(first.layer)) if first.parameters else len(entries)
+            if len(names) > 1 or calls != len(entries):
+                first = replace(first, reason="it runs on several inputs, whose parts differ")
+            macs = tuple(sum(entry.macs[i] for entry in entries) // batch for i in range(len(first.macs)))
+            result.append(replace(first, macs=macs))
+        return result
+
+    def _call(self, number: int, call: LayerCall) -> None:
+        """A layer: its result is one new leaf."""
+        module = self.modules[call.layer]
+        value = self.values.get(call.input) or _Value((_CONSTANT,), prod(call.input_shape[2:]))
+        dimensions = cast(Tensor, module.weight).dim()
+        leaf = _merged(value.leaves)
+        voxels = value.voxels
+        if not isinstance(module, nn.Linear):
+            axis = len(call.input_shape) - dimensions + 1
+            self._read(call, module, value, axis)
+            before, voxels = prod(call.input_shape[axis + 1 :]), prod(call.output_shape[axis + 1 :])
+            leaf = _resampled(leaf, value.voxels, before)
+            leaf = _resampled(leaf, before, voxels)
+        else:
+            self._read(call, module, value, len(call.input_shape) - 1)
+        made = _Leaf(call.layer, number, leaf.seen | 1 << number, leaf.depth + 1, leaf.below)
+        self.values[call.output] = _Value((made,), voxels)
+
+    def _read(self, call: LayerCall, module: nn.Module, value: _Value, axis: int) -> None:
+        """Take note of a layer that reads a concatenation."""
+        if not value.owners or value.axis != axis or len(value.owners) != call.input_shape[axis]:
+            return
+        runs = [(owner, len(list(run))) for owner, run in groupby(value.owners)]
+        kinds = _kinds([value.leaves[owner] for owner, _ in runs])
+        if kinds is None:
+            return
+        parts = parts_of(
+            [(kind, n, value.leaves[i].source) for kind, (i, n) in zip(kinds, runs, strict=True)]
+        )
+        interleaved = len({owner for owner, _ in runs}) < len(runs)
+        reason = "the channels of its parts are interleaved" if interleaved else _unfit(module)
+        weight = cast(Tensor, module.weight)
+        # A convolution applies its weight at every output voxel, a transposed one at every input voxel.
+        transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+        shape = call.input_shape if transposed or isinstance(module, nn.Linear) else call.output_shape
+        places = prod(shape) // shape[axis]
+        counts = tuple(weight.numel() * part.channels // len(value.owners) for part in parts)
+        entry = SkipConvolution(
+            call.layer,
+            parts,
+            call.input_shape[axis + 1 :],
+            counts,
+            tuple(count * places for count in counts),
+            reason,
+        )
+        self.readers.setdefault((call.layer, ""), []).append(entry)
+
+    def _mix(self, operation: Operation, tensor: int, value: _Value) -> None:
+        """Take note of an operation that mixes the parts of a concatenation without being a layer."""
+        if not value.owners:
+            return
+        runs = [(owner, len(list(run))) for owner, run in groupby(value.owners)]
+        kinds = _kinds([value.leaves[owner] for owner, _ in runs])
+        if kinds is None:
+            return
+        parts = parts_of(
+            [(kind, n, value.leaves[i].source) for kind, (i, n) in zip(kinds, runs, strict=True)]
+        )
+        reason = (
+            f"'{operation.name}' reads the concatenation of {_spoken(parts)}, and is no convolution layer"
+        )
+        spatial = self.trace.shapes[tensor][value.axis + 1 :]
+        entry = SkipConvolution(operation.module, parts, spatial, reason=reason)
+        self.readers.setdefault((operation.module, operation.name), [entry])
+
+    def _operation(self, op: Operation) -> None:
+        known = [t for t in op.inputs if t in self.values]
+        if not known:
+            return  # made of constants and parameters only
+        results = [self._concatenated(op)] if op.name == "cat" else self._passed(op, known)
+        if results is None:
+            for tensor in known:
+                self._mix(op, tensor, self.values[tensor])
+            results = [self._collapsed(known)] * len(op.outputs)
+        for tensor, value in zip(op.outputs, results, strict=False):
+            self.values[tensor] = value
+
+    def _collapsed(self, tensors: Sequence[int]) -> _Value:
+        """One leaf of all that goes in; its source is that of the largest tensor, of equal ones the last that was made."""
+        size = {t: prod(self.trace.shapes[t]) for t in tensors}
+        largest = [t for t in tensors if size[t] == max(size.values())]
+        leaf = _merged([leaf for t in tensors for leaf in self.values[t].leaves])
+        main = _merged([leaf for t in largest for leaf in self.values[t].leaves])
+        return _Value(
+            (replace(leaf, source=main.source, made=main.made),), max(self.values[t].voxels for t in tensors)
+        )
+
+    def _concatenated(self, op: Operation) -> _Value:
+        axis = _axis(op.arguments.get("dim", 0), len(self.trace.shapes[op.outputs[0]]))
+        operands = [t for t in op.inputs if prod(self.trace.shapes[t])]  # cat skips empty tensors
+        known = [t for t in operands if t in self.values]
+        leaves: list[_Leaf] = []
+        owners: list[int] = []
+        images = len(self.trace.shapes[op.outputs[0]]) == len(self.trace.shapes[self.trace.network_input])
+        for tensor in operands:
+            shape = self.trace.shapes[tensor]
+            value = self.values.get(tensor, _Value((_CONSTANT,), prod(shape[2:])))
+            if axis == 1 and images:
+                value = _settled(value, prod(shape[2:]))
+            if value.owners and value.axis == axis:
+                owners += [len(leaves) + owner for owner in value.owners]
+                leaves += value.leaves
+            else:
+                if value.owners and tensor in self.values:
+                    value = self._collapsed([tensor])
+                owners += [len(leaves)] * shape[axis]
+                leaves += value.leaves
+        voxels = max(self.values[t].voxels for t in known)
+        if axis == 1 and images:
+            voxels = prod(self.trace.shapes[op.outputs[0]][2:])
+        return _Value(tuple(leaves), voxels).with_owners(axis, owners)
+
+    def _passed(self, op: Operation, known: list[int]) -> list[_Value] | None:
+        """What an operation that keeps channels apart makes of them; None for one that mixes them."""
+        first = op.inputs[0]
+        if first not in self.values:
+            return self._pointwise(op, known) if op.pointwise else None
+        value, shape, after = (
+            self.values[first],
+            self.trace.shapes[first],
+            self.trace.shapes[op.outputs[0]],
+        )
+        name = op.name
+        if any(norm in name for norm in _NORMS) or name in _SAME:
+            if len(shape) != len(after):
+                return None
+            # Further results are statistics and masks.
+            return [value] + [_Value((_merged(value.leaves),), value.voxels)] * (len(op.outputs) - 1)
+        if name.startswith(_RESAMPLING):
+            before, voxels = prod(shape[2:]), prod(after[2:])
+            value = _settled(value, before).each(lambda leaf: _resampled(leaf, before, voxels))
+            return [replace(value, voxels=voxels)] * len(op.outputs)
+        if op.pointwise:
+            return self._pointwise(op, known)
+        if not value.owners:
+            return [self._collapsed(known)] * len(op.outputs)
+        if name in _VIEWS:
+            found = _reshaped(value, shape, after)
+            return None if found is None else [found]
+        return _moved(op, value, shape, after)
+
+    def _pointwise(self, op: Operation, known: list[int]) -> list[_Value] | None:
+        """A function of single values: a gate or a number for each channel changes nothing, a second operand of the
+        same size mixes, unless it multiplies or has the same parts.
+        """
+        labelled = [t for t in known if self.values[t].owners]
+        if not labelled:
+            return [self._collapsed(known)] * len(op.outputs)
+        value, shape = self.values[labelled[0]], self.trace.shapes[labelled[0]]
+        if shape != self.trace.shapes[op.outputs[0]]:
+            return None  # broadcast to more channels or voxels
+        for tensor in known:
+            other = self.values[tensor]
+            if other.owners and (other.axis, other.owners) != (value.axis, value.owners):
+                return None
+            full = prod(self.trace.shapes[tensor]) == prod(shape)
+            if not other.owners and full and op.name not in ("mul", "mul_", "div", "div_"):
+                return None
+        rest = [leaf for t in known for leaf in self.values[t].leaves if t != labelled[0]]
+
+        def changed(leaf: _Leaf) -> _Leaf:
+            with_rest = _merged([leaf, *rest])
+            return replace(leaf, seen=with_rest.seen, depth=with_rest.depth)
+
+        same = all(self.values[t].leaves == value.leaves for t in labelled) and len(labelled) == len(known)
+        return [value if same else value.each(changed)] * len(op.outputs)
+
+
+def _kinds(leaves: Sequence[_Leaf]) -> list[PartKind] | None:
+    """Skip or up for each part of a concatenation; None where it is not one of skips and an upsampled path."""
+    below = [leaf.below for leaf in leaves]
+    if any(below) and not all(below):
+        return ["up" if flag else "skip" for flag in below]
+    deepest = max(leaf.depth for leaf in leaves)
+    top = [leaf for leaf in leaves if leaf.depth == deepest]
+    if len(top) != 1:
+        return None
+    around = [leaf for leaf in leaves if leaf is not top[0]]
+    if not all(below):
+        for leaf in around:
+            if leaf.made == _CONSTANT.made or (leaf.made >= 0 and not top[0].seen >> leaf.made & 1):
+                return None
+    return ["up" if leaf is top[0] else "skip" for leaf in leaves]
+
+
+def _unfit(module: nn.Module) -> str:
+    """Why a layer cannot be split; empty where it can."""
+    plain = isinstance(module, (SplitLayer, QuantizedLayer)) or type(module) in SPLIT_LAYERS
+    if isinstance(module, nn.Linear) or not plain:
+        return (
+            f"it is a {type(module).__name__}, expected one of {', '.join(c.__name__ for c in SPLIT_LAYERS)}"
+        )
+    groups = cast(int, module.groups)
+    return f"it has {groups} groups, each of which sees a part of the channels only" if groups != 1 else ""
+
+
+def _spoken(parts: Sequence[Part]) -> str:
+    return " and ".join(f"{part.name} ({part.source or 'the input'})" for part in parts)
+
+
+def _merged(leaves: Sequence[_Leaf]) -> _Leaf:
+    """One leaf of several: it depends on all of them; its source is the last that was made."""
+    last = max(leaves, key=lambda leaf: leaf.made)
+    seen = 0
+    for leaf in leaves:
+        seen |= leaf.seen
+    varying = [leaf for leaf in leaves if leaf.made != _CONSTANT.made] or leaves
+    return _Leaf(
+        last.source,
+        last.made,
+        seen,
+        max(leaf.depth for leaf in leaves),
+        all(leaf.below for leaf in varying),
+    )
+
+
+def _resampled(leaf: _Leaf, before: int, after: int) -> _Leaf:
+    """From so many voxels to so many."""
+    return leaf if before == after else replace(leaf, below=after > before)
+
+
+def _settled(value: _Value, voxels: int) -> _Value:
+    """The value once its layout is known: moving values about may have changed the resolution (pixel shuffle)."""
+    before = value.voxels
+    return replace(value.each(lambda leaf: _resampled(leaf, before, voxels)), voxels=voxels)
+
+
+def _axis(dim: Any, rank: int) -> int:
+    return int(dim) % max(rank, 1)
+
+
+def _reshaped(value: _Value, shape: tuple[int, ...], after: tuple[int, ...]) -> _Value | None:
+    """Channels after a view: value number i belongs to owners[i // inner % channels]; is that so for an axis of the
+    result, too?
+    """
+    inner = prod(shape[value.axis + 1 :])
+    for axis, size in enumerate(after):
+        within = prod(after[axis + 1 :])
+        if within == 0 or inner % within or (size * within) % inner:
+            continue
+        period = [owner for owner in value.owners for _ in range(inner // within)]
+        if size % len(period) == 0:
+            return value.with_owners(axis, period * (size // len(period)))
+        if len(period) % size == 0 and period == period[:size] * (len(period) // size):
+            return value.with_owners(axis, period[:size])
+    return None
+
+
+def _moved(
+    op: Operation, value: _Value, shape: tuple[int, ...], after: tuple[int, ...]
+) -> list[_Value] | None:
+    """Channels after an operation that moves values about; None for one that is not known to."""
+    arguments, axis, rank = op.arguments, value.axis, len(shape)
+    if op.name == "permute":
+        order = [_axis(dim, rank) for dim in arguments["dims"]]
+        return [value.with_owners(order.index(axis), value.owners)]
+    if op.name in ("transpose", "t"):
+        first, second = (
+            _axis(arguments.get(key, default), rank) for key, default in (("dim0", 0), ("dim1", 1))
+        )
+        swapped = {first: second, second: first}
+        return [value.with_owners(swapped.get(axis, axis), value.owners)]
+    if op.name == "unsqueeze":
+        new = _axis(arguments["dim"], rank + 1)
+        return [value.with_owners(axis + (new <= axis), value.owners)]
+    if op.name == "squeeze":
+        given = arguments.get("dim", list(range(rank)))
+        dims = {_axis(dim, rank) for dim in (given if isinstance(given, (list, tuple)) else [given])}
+        gone = sum(shape[dim] == 1 for dim in dims if dim < axis)
+        return [value.with_owners(axis - gone, value.owners)]
+    if op.name == "slice":
+        if _axis(arguments.get("dim", 0), rank) != axis:
+            return [value]
+        start, end = arguments.get("start"), arguments.get("end")
+        return [value.with_owners(axis, value.owners[start : end : arguments.get("step", 1)])]
+    if op.name == "select":
+        dim = _axis(arguments["dim"], rank)
+        return None if dim == axis else [value.with_owners(axis - (dim < axis), value.owners)]
+    if op.name in ("split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_split"):
+        dim = _axis(arguments.get("dim", 0), rank)
+        if dim != axis:
+            return [value] * len(op.outputs)
+        given = arguments.get("split_sizes", arguments.get("split_size"))
+        sizes = (
+            given if isinstance(given, (list, tuple)) else _even(len(value.owners), given, len(op.outputs))
+        )
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return [
+            value.with_owners(axis, value.owners[start : start + size])
+            for start, size in zip(starts, sizes, strict=True)
+        ]
+    if op.name.endswith("pad_nd") or "_pad" in op.name:
+        # Padding is given from the last axis on, two numbers each.
+        padded = len(arguments.get("pad", arguments.get("padding", ()))) // 2
+        return [value] if axis < rank - padded or after[axis] == shape[axis] else None
+    if op.name in ("mean", "sum", "amax", "amin", "var", "std") and len(after) == rank:
+        return [value] if after[axis] == shape[axis] else None
+    if op.name == "repeat" and len(after) == rank:
+        times = after[axis] // shape[axis]
+        return [value.with_owners(axis, value.owners * times)]
+    return None
+
+
+def _even(count: int, size: int | None, pieces: int) -> list[int]:
+    size = size or -(-count // pieces)
+    return [min(size, count - start) for start in range(0, count, size)]
