@@ -6,7 +6,6 @@ Imports nothing heavy: each command imports what it runs, so that ``unetq --help
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -18,6 +17,7 @@ from .. import __version__
 from ..formats import QFormat
 from .bundle import add_bundle_command
 from .data import add_data_command
+from .inspect import add_inspect_command, aligned
 from .reproduce import add_reproduce_command
 
 __all__ = ["main"]
@@ -41,17 +41,11 @@ examples:
   unetq format UQ6.0 Q8.8 int4 ternary float
 """
 
-_INSPECT_EXAMPLES = """\
-examples:
-  unetq inspect unetq-demo/model.unetq
-  unetq inspect --json unetq-demo/model.unetq > model.json
-"""
-
 _EPILOG = """\
 examples:
   unetq demo --out unetq-demo                 train, quantize and measure a small U-Net; write a report
   unetq format Q0.4 UQ6.0                     what number formats can represent
-  unetq inspect unetq-demo/model.unetq        what a packed model holds
+  unetq inspect unetq-demo/model.unetq        what a packed model, a bundle or an nnU-Net holds
   unetq data em --source DIR --out DIR        prepare a downloaded data set for nnU-Net and MONAI
   unetq reproduce em --data DIR --out DIR     the 2019 paper's comparison on your data
 
@@ -142,12 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     formats.set_defaults(run=_format, after_interrupt="")
 
-    inspect = _command(commands, "inspect", "print what a packed model holds", _INSPECT_EXAMPLES)
-    inspect.add_argument(
-        "file", type=Path, metavar="FILE", help="a packed model, as unetq demo and uq.pack write it"
-    )
-    inspect.add_argument("--json", action="store_true", help="print the whole description as JSON")
-    inspect.set_defaults(run=_inspect, after_interrupt="")
+    add_inspect_command(commands, _command)
     add_data_command(commands, _command)
     add_bundle_command(commands, _command)
     add_reproduce_command(commands, _command)
@@ -195,7 +184,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _format(options: argparse.Namespace) -> None:
     rows = [_format_row(QFormat(name)) for name in options.names]
-    print(_aligned(("format", "kind", "signed", "bits", "levels", "step", "min", "max"), rows))
+    print(aligned(("format", "kind", "signed", "bits", "levels", "step", "min", "max"), rows))
 
 
 def _format_row(number_format: QFormat) -> tuple[str, ...]:
@@ -208,42 +197,4 @@ def _format_row(number_format: QFormat) -> tuple[str, ...]:
         str(number_format.bits),
         str(number_format.levels),
         *(absent if value is None else f"{value:.10g}" for value in values),
-    )
-
-
-def _inspect(options: argparse.Namespace) -> None:
-    from ..deploy import inspect_packed
-
-    description = inspect_packed(options.file)
-    print(json.dumps(description, indent=1) if options.json else _inspection(description))
-
-
-def _inspection(description: dict[str, Any]) -> str:
-    weights, in_float = description["weight_bytes"], description["float_bytes"]
-    versions = ", ".join(f"{name} {version}" for name, version in description["versions"].items())
-    rows = [
-        tuple(
-            f"{layer[key]:.2f}" if key == "bits" else str(layer[key])
-            for key in ("name", "weight", "input", "parameters", "bytes", "bits", "codes")
-        )
-        for layer in description["layers"]
-    ]
-    ratio = f" ({in_float / weights:.2f} times smaller than {in_float} bytes in float32)" if weights else ""
-    return "\n".join(
-        (
-            f"network  {description['network']}",
-            f"made by  {versions}",
-            f"file     {description['file_bytes']} bytes",
-            f"weights  {weights} bytes{ratio}",
-            "",
-            _aligned(("layer", "weight", "input", "parameters", "bytes", "bits each", "codes"), rows),
-        )
-    )
-
-
-def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (header, ["-" * width for width in widths], *rows)
     )

@@ -7,8 +7,8 @@ class name decides anything (design decision 4).
 
 Of the parts of a concatenation those are ``up`` whose information at this resolution all came from a lower one, and
 the others ``skip``: a skip brings in what never left this resolution, also where it was gated by the upsampled path
-or has passed a decoder of its own. Where that tells nothing, as at the bottom of MONAI's ``UNet``, which has no lower
-resolution, or in a network that draws its skips from tokens, the deepest part is ``up`` and those that it goes around
+or has passed a decoder of its own. Where that tells nothing, as at a bottom that stays at its skip's resolution, or
+in a network that draws its skips from tokens, the deepest part is ``up`` and those that it goes around
 are ``skip``.
 """
 
@@ -53,6 +53,22 @@ class SkipConvolution:
         """As a JSON document."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> SkipConvolution:
+        """What a JSON document says that ``to_json`` made.
+
+        Raises:
+            KeyError: if a key is missing.
+            TypeError: if something is of another kind.
+            ValueError: if there are not as many weights and MACs as parts.
+        """
+        numbers = {key: tuple(map(int, document[key])) for key in ("resolution", "parameters", "macs")}
+        parts = tuple(Part(**part) for part in document["parts"])
+        found = cls(str(document["layer"]), parts, **numbers, reason=str(document["reason"]))
+        if not found.reason and not len(parts) == len(found.parameters) == len(found.macs):
+            raise ValueError(f"'{found.layer}' has {len(parts)} parts, expected parameters and MACs of each")
+        return found
+
 
 class Skips(tuple[SkipConvolution, ...]):
     """What ``find_skips`` found, in the order in which the layers run; prints as a table."""
@@ -67,6 +83,22 @@ class Skips(tuple[SkipConvolution, ...]):
     def to_json(self) -> list[dict[str, Any]]:
         """As a JSON document."""
         return [found.to_json() for found in self]
+
+    @classmethod
+    def from_json(cls, document: Any, source: str = "skips") -> Skips:
+        """What a JSON document says that ``to_json`` made.
+
+        Args:
+            document: the document, or a file's parsed content.
+            source: what error messages call it.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        try:
+            return cls(SkipConvolution.from_json(entry) for entry in document)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{source}: not what find_skips found: {error}") from None
 
     def __str__(self) -> str:
         if not self:
@@ -179,7 +211,9 @@ _RESAMPLING = (
 _NORMS = ("batch_norm", "group_norm", "layer_norm", "instance_norm", "rms_norm")
 _SAME = {
     "clone", "contiguous", "_to_copy", "detach", "alias", "native_dropout", "dropout", "feature_dropout",
-    "lift_fresh", "cumsum", "flip", "roll", "expand", "copy_", "_reshape_alias",
+    "lift_fresh", "expand", "copy_", "_reshape_alias",
+    # Functions of single values that torch does not tag as such.
+    "_prelu_kernel", "hardswish", "hardswish_", "rrelu_with_noise", "rrelu_with_noise_", "log_sigmoid_forward",
 }  # fmt: skip
 _VIEWS = {"view", "_unsafe_view", "reshape"}
 
@@ -251,10 +285,7 @@ class _Flow:
         interleaved = len({owner for owner, _ in runs}) < len(runs)
         reason = "the channels of its parts are interleaved" if interleaved else _unfit(module)
         weight = cast(Tensor, module.weight)
-        # A convolution applies its weight at every output voxel, a transposed one at every input voxel.
-        transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
-        shape = call.input_shape if transposed or isinstance(module, nn.Linear) else call.output_shape
-        places = prod(shape) // shape[axis]
+        places = applications(call, module)
         counts = tuple(weight.numel() * part.channels // len(value.owners) for part in parts)
         entry = SkipConvolution(
             call.layer,
@@ -286,8 +317,8 @@ class _Flow:
 
     def _operation(self, op: Operation) -> None:
         known = [t for t in op.inputs if t in self.values]
-        if not known:
-            return  # made of constants and parameters only
+        if not known or op.name.endswith("_like"):
+            return  # made of constants and parameters only, or of no values at all
         results = [self._concatenated(op)] if op.name == "cat" else self._passed(op, known)
         if results is None:
             for tensor in known:
@@ -333,7 +364,7 @@ class _Flow:
 
     def _passed(self, op: Operation, known: list[int]) -> list[_Value] | None:
         """What an operation that keeps channels apart makes of them; None for one that mixes them."""
-        first = op.inputs[0]
+        first = op.inputs[-1 if op.name == "copy_" else 0]
         if first not in self.values:
             return self._pointwise(op, known) if op.pointwise else None
         value, shape, after = (
@@ -387,6 +418,18 @@ class _Flow:
         return [value if same else value.each(changed)] * len(op.outputs)
 
 
+def applications(call: LayerCall, module: nn.Module) -> int:
+    """How often a call applies the layer's weight: its multiply-accumulates, for each weight.
+
+    A convolution applies it at every output voxel, a transposed one at every input voxel, a linear layer to every row.
+    """
+    if isinstance(module, nn.Linear):
+        return prod(call.input_shape[:-1])
+    transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    shape = call.input_shape if transposed else call.output_shape
+    return prod(shape) // shape[1 - cast(Tensor, module.weight).dim()]
+
+
 def _kinds(leaves: Sequence[_Leaf]) -> list[PartKind] | None:
     """Skip or up for each part of a concatenation; None where it is not one of skips and an upsampled path."""
     below = [leaf.below for leaf in leaves]
@@ -408,9 +451,10 @@ def _unfit(module: nn.Module) -> str:
     """Why a layer cannot be split; empty where it can."""
     plain = isinstance(module, (SplitLayer, QuantizedLayer)) or type(module) in SPLIT_LAYERS
     if isinstance(module, nn.Linear) or not plain:
-        return (
-            f"it is a {type(module).__name__}, expected one of {', '.join(c.__name__ for c in SPLIT_LAYERS)}"
-        )
+        name = (
+            "Linear" if isinstance(module, nn.Linear) else type(module).__name__
+        )  # also once it is quantized
+        return f"it is a {name}, expected one of {', '.join(c.__name__ for c in SPLIT_LAYERS)}"
     groups = cast(int, module.groups)
     return f"it has {groups} groups, each of which sees a part of the channels only" if groups != 1 else ""
 
@@ -475,6 +519,17 @@ def _moved(
     if op.name == "permute":
         order = [_axis(dim, rank) for dim in arguments["dims"]]
         return [value.with_owners(order.index(axis), value.owners)]
+    if op.name == "flip":
+        turned = axis in {_axis(dim, rank) for dim in arguments["dims"]}
+        return [value.with_owners(axis, value.owners[::-1] if turned else value.owners)]
+    if op.name == "roll":
+        if not arguments.get("dims"):
+            return None  # through all axes as one
+        for shift, dim in zip(arguments["shifts"], arguments["dims"], strict=True):
+            if _axis(dim, rank) == axis:
+                start = -shift % len(value.owners)
+                value = value.with_owners(axis, value.owners[start:] + value.owners[:start])
+        return [value]
     if op.name in ("transpose", "t"):
         first, second = (
             _axis(arguments.get(key, default), rank) for key, default in (("dim0", 0), ("dim1", 1))

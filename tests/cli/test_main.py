@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
@@ -17,28 +16,6 @@ import pytest
 
 import monai_unetq
 from monai_unetq.cli import main
-
-DESCRIPTION = {
-    "path": "model.unetq",
-    "network": "monai_unetq.networks.fixed_point_unet.FixedPointUNet",
-    "versions": {"monai-unetq": "0.1.0", "torch": "2.15.0"},
-    "file_bytes": 1300,
-    "weight_bytes": 1000,
-    "float_bytes": 8000,
-    "layers": [
-        {
-            "name": "down.0.conv1",
-            "weight": "Q0.4",
-            "input": "UQ0.8",
-            "parameters": 2000,
-            "bytes": 1000,
-            "bits": 4.0,
-            "codes": 16,
-            "histogram": {"-8": 2000},
-        }
-    ],
-    "plan": {},
-}
 
 RESULT: dict[str, Any] = {"rows": []}
 
@@ -133,36 +110,6 @@ def test_demo_refuses_steps_below_one(steps: str) -> None:
     done = unetq("demo", f"--steps={steps}")
     assert done.returncode == 2
     assert f"--steps: expected a whole number of at least 1, found '{steps}'" in done.stderr
-
-
-def test_inspect_of_a_missing_file_names_it(tmp_path: Path) -> None:
-    path = tmp_path / "nowhere.unetq"
-    done = unetq("inspect", str(path))
-    assert done.returncode == 2
-    assert done.stderr.startswith("unetq: error: ") and str(path) in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_inspect_prints_network_sizes_and_layers(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("monai_unetq.deploy.inspect_packed", lambda path: DESCRIPTION)
-    assert main(["inspect", "model.unetq"]) == 0
-    printed = capsys.readouterr().out
-    assert "network  monai_unetq.networks.fixed_point_unet.FixedPointUNet" in printed
-    assert "file     1300 bytes" in printed
-    assert "weights  1000 bytes (8.00 times smaller than 8000 bytes in float32)" in printed
-    assert printed.splitlines()[-1].split() == [
-        *("down.0.conv1", "Q0.4", "UQ0.8", "2000", "1000", "4.00", "16")
-    ]
-
-
-def test_inspect_json_is_the_whole_description(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("monai_unetq.deploy.inspect_packed", lambda path: DESCRIPTION)
-    assert main(["inspect", "--json", "model.unetq"]) == 0
-    assert json.loads(capsys.readouterr().out) == DESCRIPTION
 
 
 @pytest.fixture
