@@ -27,6 +27,7 @@ class Unit:
         inputs: values that go in, for one image, in all calls.
         outputs: values that come out; of a split layer all of them are counted with its first part.
         macs: multiply-accumulates for one image.
+        channels: input channels; 0 where they are not known.
     """
 
     layer: str
@@ -35,6 +36,7 @@ class Unit:
     inputs: int
     outputs: int
     macs: int
+    channels: int = 0
 
     @property
     def name(self) -> str:
@@ -53,7 +55,8 @@ class Unit:
             KeyError: if a key is missing.
         """
         numbers = {key: int(document[key]) for key in ("weights", "inputs", "outputs", "macs")}
-        return cls(str(document["layer"]), str(document["part"]), **numbers)
+        channels = int(document.get("channels", 0))
+        return cls(str(document["layer"]), str(document["part"]), **numbers, channels=channels)
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def workload(network: nn.Module, example: Tensor | None = None) -> Workload:
     units: dict[tuple[str, str], Unit] = {}
     for call in trace.calls:
         module: Any = modules[call.layer]
-        parts = {part.name: part.channels for part in getattr(module, "parts", ())} or {WHOLE: 1}
+        whole = module.in_features if isinstance(module, nn.Linear) else module.in_channels
+        parts = {part.name: part.channels for part in getattr(module, "parts", ())} or {WHOLE: whole}
         times, weights = applications(call, module), cast(Tensor, module.weight).numel()
         for number, (part, channels) in enumerate(parts.items()):
             # The channels of all parts are all input channels, so these divisions leave no rest.
@@ -103,6 +107,7 @@ def workload(network: nn.Module, example: Tensor | None = None) -> Workload:
                 known.inputs + inputs,
                 known.outputs + outputs,
                 known.macs + share * times // images,
+                channels,
             )
     weighted = {id(cast(Any, modules[unit.layer]).weight) for unit in units.values()}
     others = sum(
