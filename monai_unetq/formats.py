@@ -120,6 +120,11 @@ class QFormat:
             ("fraction_bits", fraction_bits),
         ):
             object.__setattr__(self, name, value)
+        # Found now: in Python 3.11 torch.compile cannot trace the lock that a cached property takes when it is first read.
+        for name in (
+            ("levels", "bits", "step") if self.is_float else ("qmin", "qmax", "levels", "bits", "step")
+        ):
+            getattr(self, name)
 
     def __str__(self) -> str:
         return self.spec

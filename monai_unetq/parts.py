@@ -9,9 +9,20 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-__all__ = ["WHOLE", "Part", "PartKind", "check_part_names", "kind_of", "part_name", "parts_of", "state_key"]
+__all__ = [
+    "WHOLE",
+    "Part",
+    "PartKind",
+    "check_part_names",
+    "decode",
+    "encode",
+    "kind_of",
+    "number_of",
+    "parts_of",
+    "state_key",
+]
 
 WHOLE = "input"
 """Name of a layer's only part; split convolutions name theirs ``skip``, ``skip.1``, …, ``up``."""
@@ -69,13 +80,40 @@ def check_part_names(names: Iterable[str], where: str) -> None:
             )
     if len(names) < 2:
         raise ValueError(f"{where}: one part, {names}, expected at least two")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{where}: a part is named twice in {names}")
+    for kind in get_args(PartKind):
+        found = sorted(number_of(name) for name in names if kind_of(name) == kind)
+        if found != list(range(len(found))):
+            raise ValueError(f"{where}: {names} are not numbered {kind}, {kind}.1, {kind}.2, …")
+
+
+def number_of(name: str) -> int:
+    """Which of its kind a part is: 0 for ``skip``, 2 for ``skip.2``."""
+    return int(name.partition(".")[2] or 0)
+
+
+def encode(parts: Iterable[Part]) -> list[list[int]]:
+    """Parts as numbers, in order: kind (0 for skip, 1 for up), which of its kind, channels."""
+    kinds = get_args(PartKind)
+    return [[kinds.index(kind_of(p.name)), number_of(p.name), p.channels] for p in parts]
+
+
+def decode(rows: Iterable[Sequence[int]]) -> tuple[Part, ...]:
+    """The parts of ``encode``; their sources are not known.
+
+    Raises:
+        ValueError: for numbers that are none of it.
+    """
+    kinds, parts = get_args(PartKind), []
+    for kind, number, channels in rows:
+        if kind not in range(len(kinds)) or number < 0 or channels < 1:
+            raise ValueError(f"{[kind, number, channels]} is no part, expected kind 0 or 1, number, channels")
+        parts.append(Part(f"{kinds[kind]}.{number}" if number else kinds[kind], channels))
+    check_part_names([part.name for part in parts], "parts")
+    return tuple(parts)
 
 
 def state_key(name: str) -> str:
     """The part's name as a module's name, which takes no dot: ``skip.1`` → ``skip_1``."""
     return name.replace(".", "_")
-
-
-def part_name(key: str) -> str:
-    """The part of a module's name: ``skip_1`` → ``skip.1``."""
-    return key.replace("_", ".")

@@ -47,7 +47,8 @@ class LayerPlan:
         inputs: format of the input, or of each part of it.
         bias: ``accumulator`` rounds the bias to the grid input step × weight step (the finest of the parts'),
             ``float`` leaves it.
-        channels: input channels of each part, in their order, where the plan is to say how the layer is split.
+        channels: part and its input channels, for each part in their order, where the plan is to say how the layer
+            is split.
 
     Raises:
         ValueError: if parts have other names, or weights, inputs and channels are not those of the same parts.
@@ -56,19 +57,24 @@ class LayerPlan:
     weights: Mapping[str, QFormat]
     inputs: Mapping[str, QFormat]
     bias: BiasRounding = "accumulator"
-    channels: Mapping[str, int] | None = None
+    channels: tuple[tuple[str, int], ...] | None = None
 
     def __post_init__(self) -> None:
-        given: dict[str, Mapping[str, object]] = {"weight": self.weights, "input": self.inputs}
+        for key, formats in (("weights", self.weights), ("inputs", self.inputs)):
+            if not isinstance(formats, Mapping):
+                raise ValueError(
+                    f"'{key}' is a {type(formats).__name__}, expected formats by part; LayerPlan.whole takes one for all"
+                )
+        given: dict[str, Sequence[str]] = {"weight": list(self.weights), "input": list(self.inputs)}
         if self.channels is not None:
-            given["parts"] = self.channels
+            given["parts"] = [part for part, _ in self.channels]
         for key, entry in given.items():
             check_part_names(entry, f"'{key}'")
         named = {key: sorted(entry) for key, entry in given.items() if set(entry) != {WHOLE}}
         if len({tuple(names) for names in named.values()}) > 1:
             found = ", ".join(f"'{key}' has {names}" for key, names in named.items())
             raise ValueError(f"{found}; expected the same parts, or one format for all of them")
-        if self.channels is not None and WHOLE in self.channels:
+        if WHOLE in given.get("parts", ()):
             raise ValueError(f"'parts' names '{WHOLE}', expected the parts of a split convolution")
 
     @classmethod
@@ -79,9 +85,9 @@ class LayerPlan:
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of the parts that formats are given for, in the order of the channels where they are known."""
-        for entry in (self.channels or {}, self.weights, self.inputs):
-            if entry and WHOLE not in entry:
-                return tuple(entry)
+        for names in ([part for part, _ in self.channels or ()], self.weights, self.inputs):
+            if names and WHOLE not in names:
+                return tuple(names)
         return (WHOLE,)
 
     def weight_of(self, part: str) -> QFormat:
@@ -263,7 +269,7 @@ class QuantPlan:
                     "weight": _spelled(layer.weights),
                     "input": _spelled(layer.inputs),
                     "bias": layer.bias,
-                    **({} if layer.channels is None else {"parts": dict(layer.channels)}),
+                    **({} if layer.channels is None else {"parts": [list(part) for part in layer.channels]}),
                 }
                 for name, layer in self.layers.items()
             },
@@ -351,17 +357,20 @@ def _formats(entry: Any, where: str) -> dict[str, QFormat]:
     return {part: _format(spelling, f"{where} ({part})") for part, spelling in entry.items()}
 
 
-def _channels(entry: Any, where: str) -> dict[str, int] | None:
+def _channels(entry: Any, where: str) -> tuple[tuple[str, int], ...] | None:
     if entry is None:
         return None
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where}: 'parts' is a {type(entry).__name__}, expected channels by part")
-    for part, count in entry.items():
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+    # A list, because the order of an object's keys means nothing in JSON.
+    if not isinstance(entry, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in entry):
+        raise ValueError(
+            f"{where}: 'parts' is {entry!r}, expected pairs of part and channels, in their order"
+        )
+    for part, count in entry:
+        if not isinstance(part, str) or not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ValueError(
-                f"{where}: 'parts' ({part}) is {count!r}, expected a positive number of channels"
+                f"{where}: 'parts' has {[part, count]}, expected a part and a positive number of channels"
             )
-    return dict(entry)
+    return tuple((part, count) for part, count in entry)
 
 
 def _format(spelling: Any, where: str) -> QFormat:

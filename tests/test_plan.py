@@ -26,7 +26,9 @@ formats = st.sampled_from(
     ("Q0.4", "UQ6.0", "Q8.8", "Q0.4:literal", "int4", "uint8", "ternary", "binary", "float")
 ).map(QFormat)
 names = st.text(min_size=1, max_size=12)
-part_names = st.lists(st.sampled_from(("skip", "skip.1", "up", "up.1")), min_size=2, unique=True)
+part_names = st.sampled_from(
+    (("skip", "up"), ("up", "skip"), ("skip", "skip.1", "up"), ("up", "up.1"), ("skip.1", "up", "skip"))
+)
 
 
 @st.composite
@@ -35,7 +37,7 @@ def layer_plans(draw: st.DrawFn) -> LayerPlan:
     names = draw(part_names)
     once = formats.map(lambda f: {WHOLE: f})
     each = st.fixed_dictionaries({name: formats for name in names})
-    channels = st.none() | st.fixed_dictionaries({name: st.integers(1, 64) for name in names})
+    channels = st.none() | st.tuples(*(st.tuples(st.just(name), st.integers(1, 64)) for name in names))
     bias = draw(st.sampled_from(("accumulator", "float")))
     return LayerPlan(draw(once | each), draw(once | each), bias, draw(channels))
 

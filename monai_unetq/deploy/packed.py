@@ -86,6 +86,7 @@ def pack(
     for key, value in network.state_dict().items():
         if not torch.isfinite(value).all():
             raise ValueError(f"'{key}' holds NaN or infinity: the network is not fit to be packed")
+    _check_shared(quantized_layers(network))
     paired = any(isinstance(module, PairedNorm) for module in network.modules())
     baked = fold_pairs(copy.deepcopy(network).cpu()) if paired else network
     layers = quantized_layers(baked)
@@ -235,6 +236,19 @@ def _functions(network: nn.Module) -> dict[str, str]:
     }
 
 
+def _check_shared(layers: Mapping[str, QuantizedLayer]) -> None:
+    """Raise a ValueError where two layers round one weight parameter differently: only one of them could come back."""
+    seen: dict[int, str] = {}
+    for name, layer in layers.items():
+        first = layers[seen.setdefault(id(layer.weight), name)]
+        formats = [{p: q.number_format for p, q in m.weight_quantizers.items()} for m in (first, layer)]
+        if formats[0] != formats[1]:
+            raise ValueError(
+                f"layers '{seen[id(layer.weight)]}' and '{name}' share one weight and round it differently: give both "
+                "the same format"
+            )
+
+
 def _part_key(key: str, part: str) -> str:
     """What a part of a weight is called in the file: ``….weight[skip]``; the weight's key where it is whole."""
     return key if part == WHOLE else f"{key}[{part}]"
@@ -296,8 +310,12 @@ def _prepare(
 def _quantize_as_packed(module: nn.Module, layer: LayerPlan, plan: QuantPlan) -> None:
     if isinstance(module, QuantizedLayer):  # registered under two names
         return
-    if layer.channels is not None and not isinstance(module, SplitLayer):
-        split_layer(module, [Part(name, count) for name, count in layer.channels.items()])
+    if isinstance(module, SplitLayer):
+        here = tuple((part.name, part.channels) for part in module.parts)
+        if here != layer.channels:
+            raise ValueError(f"it is split into {here} here, {layer.channels or 'whole'} there")
+    elif layer.channels is not None:
+        split_layer(module, [Part(*part) for part in layer.channels])
     quantize_layer(
         module,
         layer.weights,

@@ -74,12 +74,23 @@ class QuantizedLayer(_Layer):
         """All of them."""
         return [*self.input_quantizers.values(), *self.weight_quantizers.values()]
 
+    @property
+    def part_channels(self) -> dict[str, int]:
+        """Part → its input channels."""
+        if self.parts:
+            return {part.name: part.channels for part in self.parts}
+        return {WHOLE: self.output_major(self.weight).shape[1] * int(getattr(self, "groups", 1))}
+
     def pieces(self, weight: Tensor) -> dict[str, Tensor]:
         """Part → its input channels of a weight with the output channels first, a view."""
         if not self.parts:
             return {WHOLE: weight}
         sizes = [part.channels for part in self.parts]
         return dict(zip(self.weight_quantizers, weight.split(sizes, 1), strict=True))
+
+    def weight_pieces(self) -> dict[str, Tensor]:
+        """Part → its weight, output channels first."""
+        return self.pieces(self.output_major(self.weight))
 
     @property
     def paired_norm(self) -> PairedNorm | None:
@@ -119,7 +130,7 @@ class QuantizedLayer(_Layer):
         norm = self.paired_norm
         rounded, steps = [], {}
         for (part, quantizer), piece in zip(
-            self.weight_quantizers.items(), self.pieces(self.output_major(self.weight)).values(), strict=True
+            self.weight_quantizers.items(), self.weight_pieces().values(), strict=True
         ):
             weight, steps[part] = self._effective(quantizer, piece, norm)
             rounded.append(weight)
@@ -187,7 +198,7 @@ class QuantizedLayer(_Layer):
 
     def folded_weights(self) -> dict[str, Tensor]:
         """Part → what its weight quantizer sees now, output channels first: the weight times the pair's factor."""
-        weights, norm = self.pieces(self.output_major(self.weight)), self.paired_norm
+        weights, norm = self.weight_pieces(), self.paired_norm
         if norm is None:
             return weights
         quantizers = self.weight_quantizers
@@ -211,7 +222,7 @@ class QuantizedLayer(_Layer):
         Args:
             codes: part → integers, one for each weight of the part, output channels first. Other parts stay.
         """
-        shapes = {part: weight.shape for part, weight in self.pieces(self.output_major(self.weight)).items()}
+        shapes = {part: weight.shape for part, weight in self.weight_pieces().items()}
         weights = {}
         for part, values in codes.items():
             quantizer = self.weight_quantizers[part]
@@ -228,7 +239,7 @@ class QuantizedLayer(_Layer):
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Set parts of the weight, each (output channels, the part's input channels, …); other parts stay."""
         if weights:
-            pieces = {**self.pieces(self.output_major(self.weight)), **weights}
+            pieces = {**self.weight_pieces(), **weights}
             self.weight.copy_(self.from_output_major(torch.cat(list(pieces.values()), 1)))
 
     def _round_bias(self, bias: Tensor | None, weight_steps: Mapping[str, Tensor]) -> Tensor | None:
@@ -390,9 +401,8 @@ def quantize_layer(
     quantized = cast(QuantizedLayer, layer)
     quantized.parts = parts
     if parts:
-        sizes = [part.channels for part in parts]
-        quantized.input_parts = PartQuantizers(input_quantizers, sizes, axis=1 - values.dim())
-        quantized.weight_parts = PartQuantizers(weight_quantizers, sizes, axis=1)
+        quantized.input_parts = PartQuantizers(input_quantizers, parts, axis=1 - values.dim())
+        quantized.weight_parts = PartQuantizers(weight_quantizers, parts, axis=1)
     else:
         quantized.input_quantizer = input_quantizers[WHOLE]
         quantized.weight_quantizer = weight_quantizers[WHOLE]

@@ -8,13 +8,13 @@ to its own format at its own scale (Guo et al., ISCAS 2022, split convolution; d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..parts import Part, state_key
+from ..parts import Part, check_part_names, decode, encode, state_key
 from ..quantizers import Quantizer
 
 __all__ = ["SPLIT_LAYERS", "PartQuantizers", "SplitLayer", "split_layer"]
@@ -86,8 +86,8 @@ def split_layer(layer: nn.Module, parts: Sequence[Part]) -> SplitLayer:
         parts: at least two, in the order of the input channels.
 
     Raises:
-        ValueError: if the layer cannot be split, or the parts do not add up to its input channels; it stays as it is
-            then.
+        ValueError: if the layer cannot be split, the parts have other names than split convolutions give theirs, or do
+            not add up to its input channels; it stays as it is then.
     """
     target = SPLIT_LAYERS.get(type(layer))
     if target is None:
@@ -98,6 +98,7 @@ def split_layer(layer: nn.Module, parts: Sequence[Part]) -> SplitLayer:
         raise ValueError(
             f"cannot split a convolution with {groups} groups: each sees a part of the channels only"
         )
+    check_part_names([part.name for part in parts], "parts")
     if len(parts) < 2 or sum(part.channels for part in parts) != channels:
         raise ValueError(f"the parts {describe(parts)} are not the layer's {channels} input channels")
     layer.__class__ = target
@@ -109,54 +110,58 @@ def split_layer(layer: nn.Module, parts: Sequence[Part]) -> SplitLayer:
 class PartQuantizers(nn.Module):
     """One quantizer for each part of a tensor; the parts stand side by side along one axis.
 
-    State: ``channels``, int32 (parts,), how many channels each part has, and the quantizers' own, under the parts'
-    names (``skip_1`` for ``skip.1``). A network whose layer is split elsewhere refuses to load it.
+    State: ``parts``, int32 (number of parts, 3), their kind, number and channels in their order (``parts.encode``), and
+    the quantizers' own, under the parts' names (``skip_1`` for ``skip.1``). A network whose layer is split otherwise
+    refuses to load it.
 
     Args:
-        quantizers: by part, in the order of the channels.
-        channels: of each part.
+        quantizers: by part.
+        parts: in the order of the channels.
         axis: where the channels are; counted from the end, it holds with and without a batch axis.
     """
 
-    channels: Tensor
-
-    def __init__(self, quantizers: Mapping[str, Quantizer], channels: Sequence[int], axis: int) -> None:
+    def __init__(self, quantizers: Mapping[str, Quantizer], parts: Sequence[Part], axis: int) -> None:
         super().__init__()
         device = next(iter(quantizers.values())).log2_scale.device
-        self.register_buffer("channels", torch.tensor(list(channels), dtype=torch.int32, device=device))
-        self.names = tuple(quantizers)
-        self.sizes = tuple(channels)
-        self.axis = axis
-        for name, quantizer in quantizers.items():
-            self.add_module(state_key(name), quantizer)
+        self.register_buffer("parts", torch.tensor(encode(parts), dtype=torch.int32, device=device))
+        self._parts = tuple(parts)
+        self._axis = axis
+        for part in parts:
+            self.add_module(state_key(part.name), quantizers[part.name])
 
     def by_name(self) -> dict[str, Quantizer]:
         """Part → quantizer."""
-        return {name: cast(Quantizer, getattr(self, state_key(name))) for name in self.names}
-
-    def pieces(self, tensor: Tensor) -> Iterator[tuple[Quantizer, Tensor]]:
-        """Each quantizer and its part of the tensor, a view."""
-        return zip(self.by_name().values(), tensor.split(self.sizes, self.axis), strict=True)
+        return {part.name: cast(Quantizer, getattr(self, state_key(part.name))) for part in self._parts}
 
     def forward(self, tensor: Tensor) -> Tensor:
         """The tensor, each part rounded by its own quantizer; the same shape."""
-        if not any(q.rounds or q.observer is not None for q in self.by_name().values()):
+        quantizers = self.by_name().values()
+        if not any(quantizer.rounds or quantizer.observer is not None for quantizer in quantizers):
             return tensor
-        return torch.cat([quantizer(piece) for quantizer, piece in self.pieces(tensor)], self.axis)
+        pieces = tensor.split([part.channels for part in self._parts], self._axis)
+        rounded = [quantizer(piece) for quantizer, piece in zip(quantizers, pieces, strict=True)]
+        return torch.cat(rounded, self._axis)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        channels = state_dict.get(prefix + "channels")
-        if channels is None and not any(key.startswith(prefix) for key in state_dict):
+        stored = state_dict.get(prefix + "parts")
+        if stored is None and not any(key.startswith(prefix) for key in state_dict):
             return  # the state of a float network, as in Quantizer
-        found = None if channels is None else tuple(channels.tolist())
-        if found is not None and found != self.sizes:
+        if stored is not None and stored.tolist() != encode(self._parts):
             args[-1].append(
-                f"{prefix}channels: the parts have {found} channels there, {self.sizes} here; split the same way"
+                f"{prefix}parts: {_stored(stored)} there, {describe(self._parts)} here; split the same way"
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={size}" for name, size in zip(self.names, self.sizes, strict=True))
+        """The channels of each part."""
+        return describe(self._parts)
+
+
+def _stored(parts: Tensor) -> str:
+    try:
+        return describe(decode(parts.tolist()))
+    except (TypeError, ValueError):
+        return f"{parts.tolist()}, which are no parts,"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -113,7 +114,7 @@ def QuantizedNetwork(  # noqa: N802 (a class to configurations)
     else:
         plan = carried
     if plan is not None and plan.layers:
-        quantize(network, plan, example)
+        quantize(network, plan if carried is None else _split_as(plan, carried), example)
     if tensors is not None and carried is not None:
         if asked:
             _check_formats(network, carried, str(state))
@@ -147,17 +148,32 @@ def _check_formats(network: nn.Module, carried: QuantPlan, path: str) -> None:
     found = plan_of(network).layers if quantized_layers(network) else {}
     for name in sorted(set(found) | set(carried.layers)):
         there, here = carried[name], found.get(name, FLOAT_LAYER)
-        if (there.weights, there.inputs) != (here.weights, here.inputs):
+        if _formats(there, there.parts) != _formats(here, there.parts):
             raise ValueError(
-                f"{path}: layer '{name}' is {_formats(there)} there, {_formats(here)} was asked for; ask for the "
-                "same formats, for none, or begin with float weights"
+                f"{path}: layer '{name}' is {_formats(there, there.parts)} there, {_formats(here, here.parts)} was "
+                "asked for; ask for the same formats, for none, or begin with float weights"
             )
 
 
-def _formats(layer: LayerPlan) -> str:
+def _split_as(plan: QuantPlan, carried: QuantPlan) -> QuantPlan:
+    """The plan, its layers split as those of a file are: how a network is split is a trained network's state."""
+    changes = {
+        name: replace(layer, channels=carried[name].channels)
+        for name, layer in plan.layers.items()
+        if carried[name].channels
+        and layer.channels is None
+        and layer.parts in ((WHOLE,), carried[name].parts)
+    }
+    return plan.with_layers(changes)
+
+
+def _formats(layer: LayerPlan, parts: Sequence[str]) -> str:
+    """Formats of a layer, of some parts of it; where it has others, all it has."""
+    if layer.parts != (WHOLE,) and set(layer.parts) != set(parts):
+        parts = layer.parts
     return ", ".join(
         f"{'' if part == WHOLE else part + ' '}{layer.weight_of(part)}/{layer.input_of(part)}"
-        for part in layer.parts
+        for part in parts
     )
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..layers import PAIRED_NORMS, QUANTIZED_LAYERS, PairedNorm, QuantizedLayer
 
@@ -160,15 +162,22 @@ class _Recorder(TorchDispatchMode):
         self.trace = Trace()
         self.stack: list[str] = []
         self.layer = ""  # the one that is running
-        self._numbers: dict[int, int] = {}
-        self._alive: list[Tensor] = []  # so that no tensor's identity is used twice
+        self._numbers = (
+            WeakTensorKeyDictionary()
+        )  # keeps no tensor alive that the network itself is done with
 
     def number(self, tensor: Tensor) -> int:
-        if id(tensor) not in self._numbers:
-            self._numbers[id(tensor)] = len(self._alive)
-            self._alive.append(tensor)
-            self.trace.shapes[self._numbers[id(tensor)]] = tuple(tensor.shape)
-        return self._numbers[id(tensor)]
+        number = self._numbers.get(tensor)
+        if number is None:
+            number = self._numbers[tensor] = len(self.trace.shapes)
+            self.trace.shapes[number] = tuple(tensor.shape)
+        return int(number)
+
+    def sharing_memory(self, changed: set[int]) -> set[int]:
+        """The tensors that are views of one another with these, themselves included."""
+        alive = [(int(number), tensor) for tensor, number in self._numbers.items()]
+        memory = {tensor.untyped_storage()._cdata for number, tensor in alive if number in changed}
+        return {number for number, tensor in alive if tensor.untyped_storage()._cdata in memory}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -210,8 +219,7 @@ class _Recorder(TorchDispatchMode):
         ):
             known.update(results)
         elif changed := known.intersection(results):  # in place: what shares the memory is changed too
-            memory = {self._alive[t].untyped_storage().data_ptr() for t in changed}
-            known -= {t for t in known if self._alive[t].untyped_storage().data_ptr() in memory}
+            known -= self.sharing_memory(changed)
         return out
 
 
@@ -225,11 +233,13 @@ def observe(network: nn.Module, example: Tensor) -> Trace:
     Raises:
         ValueError: if the network fails on the example; the message shows its shape and the cause.
     """
+    # Subclasses such as MONAI's MetaTensor wrap every result anew, so that nothing could be followed.
+    example = example.as_subclass(Tensor)
     recorder = _Recorder()
     trace = recorder.trace
     signs: list[bool] = []  # of the inputs of the layers being run
     names = {module: name for name, module in network.named_modules()}
-    hooks = []
+    hooks: list[RemovableHandle] = []
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         recorder.stack.append(names[module])
@@ -244,18 +254,22 @@ def observe(network: nn.Module, example: Tensor) -> Trace:
     def leave(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         name = recorder.stack.pop()
         if isinstance(module, LAYERS):
+            signed, recorder.layer = signs.pop(), ""
+            if not isinstance(out, Tensor):
+                return  # it failed, and the network goes on without it
             tensor = args[0] if args else kwargs["input"]
             numbers = recorder.number(tensor), recorder.number(out)
             shapes = tuple(tensor.shape), tuple(out.shape)
             channels_second = out.dim() == cast(Tensor, module.weight).dim()
-            recorder.layer = ""
             position = len(trace.operations)
-            trace.calls.append(LayerCall(name, *numbers, *shapes, signs.pop(), channels_second, position))
+            trace.calls.append(LayerCall(name, *numbers, *shapes, signed, channels_second, position))
 
-    for module in names:
-        hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        hooks.append(module.register_forward_hook(leave, with_kwargs=True))
     try:
+        for module in names:
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no such hooks, and is a black box
+            hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            hooks.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
         with evaluating(network), _unchanged(network, example.device), torch.no_grad(), recorder:
             trace.network_input = recorder.number(example)
             out = network(example)
@@ -301,7 +315,8 @@ def example_for(network: nn.Module) -> Tensor:
 @contextmanager
 def _unchanged(network: nn.Module, device: torch.device) -> Iterator[None]:
     """Buffers and random numbers as they were, whatever the network's forward does to them."""
-    buffers = [(module, dict(module._buffers)) for module in network.modules()]
+    modules = (module for module in network.modules() if not isinstance(module, torch.jit.ScriptModule))
+    buffers = [(module, dict(module._buffers)) for module in modules]
     values = {id(b): (b, b.detach().clone()) for _, found in buffers for b in found.values() if b is not None}
     versions = {key: buffer._version for key, (buffer, _) in values.items()}
     devices = [device] if device.type == "cuda" else []

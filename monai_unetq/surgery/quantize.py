@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from ..layers import (
     quantize_layer,
     split_layer,
 )
-from ..parts import WHOLE, Part, part_name
+from ..parts import WHOLE, Part, decode, state_key
 from ..plan import LayerPlan, QuantPlan
 from ..quantizers import Quantizer
 from .observe import NORMS, Trace, example_for, observe, shares_weight
@@ -85,10 +85,12 @@ def quantize(network: nn.Module, plan: QuantPlan, example: Tensor | None = None)
         if not same:
             raise ValueError(f"plan: layer '{name}' did not run on the example, so its input is unknown")
         _check_parts(name, plan[name], modules[name])
-        inputs[name] = {
-            part: _resolve(number_format, trace, min(same))
-            for part, number_format in plan[name].inputs.items()
-        }
+        for other in plan:
+            if modules[other] is modules[name] and plan[other] != plan[name]:
+                raise ValueError(
+                    f"plan: '{other}' and '{name}' are the same layer, but have different formats; plan one of them"
+                )
+        inputs[name] = _resolve(plan[name].inputs, trace, min(same))
         _check_values(name, modules[name])
         for number_format in inputs[name].values():
             try:
@@ -102,7 +104,7 @@ def quantize(network: nn.Module, plan: QuantPlan, example: Tensor | None = None)
         if isinstance(modules[name], QuantizedLayer):  # registered under two names, planned under both
             continue
         if layer.channels is not None and not isinstance(modules[name], SplitLayer):
-            split_layer(modules[name], [Part(part, count) for part, count in layer.channels.items()])
+            split_layer(modules[name], [Part(*part) for part in layer.channels])
         quantize_layer(
             modules[name],
             layer.weights,
@@ -119,21 +121,17 @@ def quantize(network: nn.Module, plan: QuantPlan, example: Tensor | None = None)
 def _check_parts(name: str, layer: LayerPlan, module: nn.Module) -> None:
     """Raise a ValueError unless the layer has the parts that the plan has formats for, or can be split into them."""
     if isinstance(module, SplitLayer):
-        has = {part.name: part.channels for part in module.parts}
-        asked = layer.channels or dict.fromkeys(layer.parts, 0)
-        if layer.parts == (WHOLE,):
-            return
-        if set(asked) != set(has) or (
-            layer.channels is not None and list(asked.items()) != list(has.items())
-        ):
-            counts = layer.channels is not None
+        has = tuple((part.name, part.channels) for part in module.parts)
+        names = {part for part, _ in has}
+        fits = layer.channels == has if layer.channels else set(layer.parts) in ({WHOLE}, names)
+        if not fits:
+            asked = _listed(layer.channels) if layer.channels else ", ".join(layer.parts)
             raise ValueError(
-                f"plan: layer '{name}' has formats for the parts {_listed(asked, counts)}, but is split into "
-                f"{_listed(has, counts)}"
+                f"plan: layer '{name}' has formats for the parts {asked}, but is split into {_listed(has)}"
             )
     elif layer.channels is not None:
         try:
-            split_layer(copy.copy(module), [Part(part, count) for part, count in layer.channels.items()])
+            split_layer(copy.copy(module), [Part(*part) for part in layer.channels])
         except ValueError as error:
             raise ValueError(f"plan: layer '{name}': {error}") from None
     elif layer.parts != (WHOLE,):
@@ -143,8 +141,8 @@ def _check_parts(name: str, layer: LayerPlan, module: nn.Module) -> None:
         )
 
 
-def _listed(parts: Mapping[str, int], counts: bool) -> str:
-    return ", ".join(f"{part}={count}" if counts else part for part, count in parts.items())
+def _listed(parts: Sequence[tuple[str, int]]) -> str:
+    return ", ".join(f"{part}={count}" for part, count in parts)
 
 
 def _check_values(name: str, module: nn.Module) -> None:
@@ -153,9 +151,17 @@ def _check_values(name: str, module: nn.Module) -> None:
             raise ValueError(f"'{name}.{key}' holds NaN or infinity: the network is not fit to be quantized")
 
 
-def _resolve(number_format: QFormat, trace: Trace, layer: str) -> QFormat:
-    """Signed formats become unsigned where the input cannot be negative; what is written unsigned stays so."""
-    return number_format if trace.takes_negative(layer) else number_format.with_sign(False)
+def _resolve(formats: Mapping[str, QFormat], trace: Trace, layer: str) -> dict[str, QFormat]:
+    """Signed formats become unsigned where the input cannot be negative; what is written unsigned stays so.
+
+    The parts of one input share their sign, so that their integers can be concatenated: beside a signed part an
+    unsigned one goes signed.
+    """
+    if not trace.takes_negative(layer):
+        return {part: number_format.with_sign(False) for part, number_format in formats.items()}
+    if any(f.signed and not f.is_float for f in formats.values()):
+        return {part: number_format.with_sign(True) for part, number_format in formats.items()}
+    return dict(formats)
 
 
 def pair_norms(network: nn.Module, trace: Trace) -> dict[str, str]:
@@ -231,7 +237,7 @@ def plan_of(network: nn.Module) -> QuantPlan:
             {part: quantizer.number_format for part, quantizer in layer.weight_quantizers.items()},
             {part: quantizer.number_format for part, quantizer in layer.input_quantizers.items()},
             "accumulator" if layer.rounds_bias else "float",
-            {part.name: part.channels for part in layer.parts} or None,
+            tuple((part.name, part.channels) for part in layer.parts) or None,
         )
         for name, layer in layers.items()
     }
@@ -282,25 +288,22 @@ def plan_of_state(state: Mapping[str, Tensor]) -> QuantPlan | None:
 
 def _quantizers_in(
     state: Mapping[str, Tensor],
-) -> Iterator[tuple[str, list[tuple[str, str, str]], dict[str, int] | None]]:
+) -> Iterator[tuple[str, list[tuple[str, str, str]], tuple[tuple[str, int], ...] | None]]:
     """Quantized layers of a state: name; part, weight or input, and key of each quantizer; channels of the parts."""
-    whole, split = ".weight_quantizer.format_code", ".weight_parts.channels"
-    for key in state:
+    whole, split = ".weight_quantizer.format_code", ".weight_parts.parts"
+    for key, value in state.items():
         if key.endswith(whole):
             name = key.removesuffix(whole)
             yield name, [(WHOLE, what, f"{name}.{what}_quantizer") for what in ("weight", "input")], None
         elif key.endswith(split):
             name = key.removesuffix(split)
-            prefix, end = f"{name}.weight_parts.", ".format_code"
-            found = [k[len(prefix) : -len(end)] for k in state if k.startswith(prefix) and k.endswith(end)]
-            sizes = state[key].tolist()
-            if len(found) != len(sizes):
-                raise ValueError(
-                    f"state: '{key}' is of {len(sizes)} parts, but there are quantizers of {found}"
-                )
+            try:
+                parts = decode(value.tolist())
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"state: '{key}': {error}") from None
             keys = [
-                (part_name(part), what, f"{name}.{what}_parts.{part}")
-                for part in found
+                (part.name, what, f"{name}.{what}_parts.{state_key(part.name)}")
+                for part in parts
                 for what in ("weight", "input")
             ]
-            yield name, keys, dict(zip(map(part_name, found), sizes, strict=True))
+            yield name, keys, tuple((part.name, part.channels) for part in parts)

@@ -7,9 +7,10 @@ class name decides anything (design decision 4).
 
 Of the parts of a concatenation those are ``up`` whose information at this resolution all came from a lower one, and
 the others ``skip``: a skip brings in what never left this resolution, also where it was gated by the upsampled path
-or has passed a decoder of its own. Where that tells nothing, as at a bottom that stays at its skip's resolution, or
-in a network that draws its skips from tokens, the deepest part is ``up`` and those that it goes around
-are ``skip``.
+or has passed a decoder of its own. One value for the whole image, spread out again, is no upsampled path. Where that
+tells nothing, the deepest part is ``up`` and the others, which it goes around, are ``skip``: at the bottom of a U-Net,
+which has no lower resolution, and in a network that draws its skips from tokens. Elsewhere (dense blocks, parallel
+branches) a concatenation is none of a skip and an upsampled path, and not reported.
 """
 
 from __future__ import annotations
@@ -167,6 +168,7 @@ class _Leaf:
         seen: the calls that they depend on, a bit each.
         depth: layers on the longest way to them.
         below: whether all of it, at the resolution it has, came from a lower one.
+        kind: what it is in the last concatenation that it went into; None before, and where that is none of ours.
     """
 
     source: str
@@ -174,6 +176,7 @@ class _Leaf:
     seen: int
     depth: int
     below: bool
+    kind: PartKind | None = None
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,23 @@ _SAME = {
     # Functions of single values that torch does not tag as such.
     "_prelu_kernel", "hardswish", "hardswish_", "rrelu_with_noise", "rrelu_with_noise_", "log_sigmoid_forward",
 }  # fmt: skip
+_STATISTICS = {
+    "mean",
+    "sum",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "var",
+    "std",
+    "var_mean",
+    "linalg_vector_norm",
+    "norm",
+}
 _VIEWS = {"view", "_unsafe_view", "reshape"}
+
+
+_MOST_OWNERS = 1 << 18
 
 
 class _Flow:
@@ -226,10 +245,13 @@ class _Flow:
         self.modules = modules
         self.values: dict[int, _Value] = {}
         self.readers: dict[tuple[str, str], list[SkipConvolution]] = {}
+        self.buffers: set[int] = set()  # made empty, and filled piece by piece
+        self.slices: dict[int, tuple[int, int, int]] = {}  # view of a buffer → buffer, axis, where it begins
 
     def run(self) -> None:
         shape = self.trace.shapes[self.trace.network_input]
         voxels = prod(shape[2:])
+        self.bottom = self._bottom()
         self.values[self.trace.network_input] = _Value((_Leaf("", -1, 0, 0, False),), voxels)
         calls = list(enumerate(self.trace.calls))
         for position, operation in enumerate(self.trace.operations):
@@ -239,6 +261,22 @@ class _Flow:
                 self._operation(operation)
         for number, call in calls:
             self._call(number, call)
+
+    def _bottom(self) -> int:
+        """Voxels of the lowest resolution that a convolution runs at, of a network that comes up again; else 0."""
+        sizes, changes = [], []
+        for call in self.trace.calls:
+            module = self.modules[call.layer]
+            if not isinstance(module, nn.Linear):
+                axis = 1 - cast(Tensor, module.weight).dim()
+                sizes += [prod(shape[axis + 1 :]) for shape in (call.input_shape, call.output_shape)]
+                changes.append(_call_change(module))
+        for op in self.trace.operations:
+            if op.name.startswith(_RESAMPLING) and not op.layer:
+                shape, after = (self.trace.shapes[t] for t in (op.inputs[0], op.outputs[0]))
+                changes.append(_operation_change(op, shape, after))
+        comes_up = any(change > 0 for change in changes) or not any(change < 0 for change in changes)
+        return min((size for size in sizes if size > 1), default=0) if comes_up else 0
 
     def found(self, batch: int) -> list[SkipConvolution]:
         """One entry for each layer, whatever the number of its calls; MACs for one image."""
@@ -264,8 +302,8 @@ class _Flow:
             axis = len(call.input_shape) - dimensions + 1
             self._read(call, module, value, axis)
             before, voxels = prod(call.input_shape[axis + 1 :]), prod(call.output_shape[axis + 1 :])
-            leaf = _resampled(leaf, value.voxels, before)
-            leaf = _resampled(leaf, before, voxels)
+            leaf = _resampled(leaf, before - value.voxels)
+            leaf = _resampled(leaf, _call_change(module))
         else:
             self._read(call, module, value, len(call.input_shape) - 1)
         made = _Leaf(call.layer, number, leaf.seen | 1 << number, leaf.depth + 1, leaf.below)
@@ -276,12 +314,9 @@ class _Flow:
         if not value.owners or value.axis != axis or len(value.owners) != call.input_shape[axis]:
             return
         runs = [(owner, len(list(run))) for owner, run in groupby(value.owners)]
-        kinds = _kinds([value.leaves[owner] for owner, _ in runs])
-        if kinds is None:
+        parts = _parts(value, runs)
+        if not parts:
             return
-        parts = parts_of(
-            [(kind, n, value.leaves[i].source) for kind, (i, n) in zip(kinds, runs, strict=True)]
-        )
         interleaved = len({owner for owner, _ in runs}) < len(runs)
         reason = "the channels of its parts are interleaved" if interleaved else _unfit(module)
         weight = cast(Tensor, module.weight)
@@ -302,12 +337,10 @@ class _Flow:
         if not value.owners:
             return
         runs = [(owner, len(list(run))) for owner, run in groupby(value.owners)]
-        kinds = _kinds([value.leaves[owner] for owner, _ in runs])
-        if kinds is None:
+        parts = _parts(value, runs)
+        # A number for each channel, or a copy, reads the concatenation and leaves it as it is.
+        if not parts or operation.name in _STATISTICS:
             return
-        parts = parts_of(
-            [(kind, n, value.leaves[i].source) for kind, (i, n) in zip(kinds, runs, strict=True)]
-        )
         reason = (
             f"'{operation.name}' reads the concatenation of {_spoken(parts)}, and is no convolution layer"
         )
@@ -317,9 +350,16 @@ class _Flow:
 
     def _operation(self, op: Operation) -> None:
         known = [t for t in op.inputs if t in self.values]
-        if not known or op.name.endswith("_like"):
+        if op.name == "slice" and (op.inputs[0] not in self.values or op.inputs[0] in self.buffers):
+            self._sliced(op)
+        if not known or op.name.endswith("_like") or op.name.startswith("new_"):
             return  # made of constants and parameters only, or of no values at all
-        results = [self._concatenated(op)] if op.name == "cat" else self._passed(op, known)
+        if op.name in ("cat", "stack"):
+            results: list[_Value] | None = [self._concatenated(op)]
+        elif op.name == "copy_" and op.inputs[0] in self.slices:
+            results = [self._written(op)]
+        else:
+            results = self._passed(op, known)
         if results is None:
             for tensor in known:
                 self._mix(op, tensor, self.values[tensor])
@@ -341,6 +381,17 @@ class _Flow:
         axis = _axis(op.arguments.get("dim", 0), len(self.trace.shapes[op.outputs[0]]))
         operands = [t for t in op.inputs if prod(self.trace.shapes[t])]  # cat skips empty tensors
         known = [t for t in operands if t in self.values]
+        first = self.values[known[0]]
+        if (
+            first.owners
+            and first.axis != axis
+            and all(
+                t in self.values
+                and (self.values[t].axis, self.values[t].owners) == (first.axis, first.owners)
+                for t in operands
+            )
+        ):
+            return first  # images put together, with the same parts
         leaves: list[_Leaf] = []
         owners: list[int] = []
         images = len(self.trace.shapes[op.outputs[0]]) == len(self.trace.shapes[self.trace.network_input])
@@ -349,18 +400,52 @@ class _Flow:
             value = self.values.get(tensor, _Value((_CONSTANT,), prod(shape[2:])))
             if axis == 1 and images:
                 value = _settled(value, prod(shape[2:]))
-            if value.owners and value.axis == axis:
+            if value.owners and value.axis == axis and op.name == "cat":
                 owners += [len(leaves) + owner for owner in value.owners]
                 leaves += value.leaves
             else:
                 if value.owners and tensor in self.values:
                     value = self._collapsed([tensor])
-                owners += [len(leaves)] * shape[axis]
+                owners += [len(leaves)] * (shape[axis] if op.name == "cat" else 1)
                 leaves += value.leaves
         voxels = max(self.values[t].voxels for t in known)
         if axis == 1 and images:
             voxels = prod(self.trace.shapes[op.outputs[0]][2:])
-        return _Value(tuple(leaves), voxels).with_owners(axis, owners)
+        return self._decided(_Value(tuple(leaves), voxels).with_owners(axis, owners))
+
+    def _sliced(self, op: Operation) -> None:
+        """Remember which part of a buffer a view of it is; one along a single axis."""
+        buffer, view = op.inputs[0], op.outputs[0]
+        shape, after = self.trace.shapes[buffer], self.trace.shapes[view]
+        axis = _axis(op.arguments.get("dim", 0), len(shape))
+        root, along, start = self.slices.get(buffer, (buffer, axis, 0))
+        self.buffers.update((root, view))
+        if shape == after:
+            self.slices[view] = (root, along, start)
+        elif along == axis and op.arguments.get("step", 1) == 1:
+            begin = op.arguments.get("start") or 0
+            self.slices[view] = (root, axis, start + (begin if begin >= 0 else begin + shape[axis]))
+
+    def _written(self, op: Operation) -> _Value:
+        """What a copy into a part of a buffer makes of the buffer: a concatenation, made piece by piece."""
+        buffer, axis, start = self.slices[op.inputs[0]]
+        source, shape = op.inputs[-1], self.trace.shapes[buffer]
+        new = self._collapsed([source]) if source in self.values else _Value((_CONSTANT,), prod(shape[2:]))
+        old = self.values.get(buffer, _Value((_CONSTANT,), prod(shape[2:])))
+        if old.owners and old.axis != axis:
+            old = self._collapsed([buffer])
+        owners = list(old.owners or [0] * shape[axis])
+        size = self.trace.shapes[op.inputs[0]][axis]
+        owners[start : start + size] = [len(old.leaves)] * size
+        value = _Value((*old.leaves, *new.leaves), prod(shape[2:])).with_owners(axis, owners)
+        self.values[buffer] = self._decided(value)
+        return new
+
+    def _decided(self, value: _Value) -> _Value:
+        """The value of a concatenation once its parts are told apart, as they are when they meet."""
+        kinds = _kinds(value.leaves, value.voxels == self.bottom)
+        leaves = [replace(leaf, kind=kind) for leaf, kind in zip(value.leaves, kinds, strict=True)]
+        return replace(value, leaves=tuple(leaves))
 
     def _passed(self, op: Operation, known: list[int]) -> list[_Value] | None:
         """What an operation that keeps channels apart makes of them; None for one that mixes them."""
@@ -379,13 +464,15 @@ class _Flow:
             # Further results are statistics and masks.
             return [value] + [_Value((_merged(value.leaves),), value.voxels)] * (len(op.outputs) - 1)
         if name.startswith(_RESAMPLING):
-            before, voxels = prod(shape[2:]), prod(after[2:])
-            value = _settled(value, before).each(lambda leaf: _resampled(leaf, before, voxels))
-            return [replace(value, voxels=voxels)] * len(op.outputs)
+            change = _operation_change(op, shape, after)
+            value = _settled(value, prod(shape[2:])).each(lambda leaf: _resampled(leaf, change))
+            return [replace(value, voxels=prod(after[2:]))] * len(op.outputs)
+        if "_pad" in name:
+            value = replace(value, voxels=value.voxels * prod(after) // max(prod(shape), 1))
         if op.pointwise:
             return self._pointwise(op, known)
         if not value.owners:
-            return [self._collapsed(known)] * len(op.outputs)
+            return [value if known == [first] else self._collapsed(known)] * len(op.outputs)
         if name in _VIEWS:
             found = _reshaped(value, shape, after)
             return None if found is None else [found]
@@ -430,20 +517,32 @@ def applications(call: LayerCall, module: nn.Module) -> int:
     return prod(shape) // shape[1 - cast(Tensor, module.weight).dim()]
 
 
-def _kinds(leaves: Sequence[_Leaf]) -> list[PartKind] | None:
-    """Skip or up for each part of a concatenation; None where it is not one of skips and an upsampled path."""
+def _parts(value: _Value, runs: Sequence[tuple[int, int]]) -> tuple[Part, ...]:
+    """The parts of a concatenation, from its runs of channels; none where it is not one of skips and an upsampled path."""
+    found: list[tuple[PartKind, int, str]] = []
+    for owner, channels in runs:
+        leaf = value.leaves[owner]
+        if leaf.kind is None:
+            return ()
+        found.append((leaf.kind, channels, leaf.source))
+    return parts_of(found) if len({kind for kind, _, _ in found}) > 1 else ()
+
+
+def _kinds(leaves: Sequence[_Leaf], at_bottom: bool) -> list[PartKind | None]:
+    """Skip or up for each part of a concatenation; None for all where it is not one of skips and an upsampled path."""
+    neither: list[PartKind | None] = [None] * len(leaves)
     below = [leaf.below for leaf in leaves]
     if any(below) and not all(below):
         return ["up" if flag else "skip" for flag in below]
     deepest = max(leaf.depth for leaf in leaves)
     top = [leaf for leaf in leaves if leaf.depth == deepest]
-    if len(top) != 1:
-        return None
+    if len(top) != 1 or not (all(below) or at_bottom):
+        return neither
     around = [leaf for leaf in leaves if leaf is not top[0]]
     if not all(below):
         for leaf in around:
             if leaf.made == _CONSTANT.made or (leaf.made >= 0 and not top[0].seen >> leaf.made & 1):
-                return None
+                return neither
     return ["up" if leaf is top[0] else "skip" for leaf in leaves]
 
 
@@ -479,15 +578,32 @@ def _merged(leaves: Sequence[_Leaf]) -> _Leaf:
     )
 
 
-def _resampled(leaf: _Leaf, before: int, after: int) -> _Leaf:
-    """From so many voxels to so many."""
-    return leaf if before == after else replace(leaf, below=after > before)
+def _resampled(leaf: _Leaf, change: int) -> _Leaf:
+    """To a higher resolution (above 0), to a lower one (below 0), or to none other."""
+    return replace(leaf, below=change > 0) if change else leaf
+
+
+def _call_change(module: nn.Module) -> int:
+    """1 where a layer raises the resolution, -1 where it lowers it; what it crops at the border does not count."""
+    if isinstance(module, nn.Linear) or all(stride == 1 for stride in cast(tuple[int, ...], module.stride)):
+        return 0
+    return 1 if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)) else -1
+
+
+def _operation_change(op: Operation, shape: tuple[int, ...], after: tuple[int, ...]) -> int:
+    """As ``_call_change``, of pooling and interpolation. One voxel that is spread out is not raised: it has no place."""
+    before, voxels = prod(shape[2:]), prod(after[2:])
+    if "pool" in op.name and "adaptive" not in op.name:
+        stride = op.arguments.get("stride") or op.arguments.get("kernel_size", 2)
+        if all(step == 1 for step in (stride if isinstance(stride, (list, tuple)) else (stride,))):
+            return 0
+    return 0 if before == 1 else voxels - before
 
 
 def _settled(value: _Value, voxels: int) -> _Value:
     """The value once its layout is known: moving values about may have changed the resolution (pixel shuffle)."""
-    before = value.voxels
-    return replace(value.each(lambda leaf: _resampled(leaf, before, voxels)), voxels=voxels)
+    change = voxels - value.voxels
+    return replace(value.each(lambda leaf: _resampled(leaf, change)), voxels=voxels)
 
 
 def _axis(dim: Any, rank: int) -> int:
@@ -503,6 +619,8 @@ def _reshaped(value: _Value, shape: tuple[int, ...], after: tuple[int, ...]) -> 
         within = prod(after[axis + 1 :])
         if within == 0 or inner % within or (size * within) % inner:
             continue
+        if len(value.owners) * (inner // within) > _MOST_OWNERS:
+            return None  # as no layer over channels is so wide, nothing is lost
         period = [owner for owner in value.owners for _ in range(inner // within)]
         if size % len(period) == 0:
             return value.with_owners(axis, period * (size // len(period)))

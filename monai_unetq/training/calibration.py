@@ -78,16 +78,20 @@ def calibrate(network: nn.Module, batches: Iterable[Any], method: RangeMethod = 
                 quantizer.observer = None
     if example is None:
         raise ValueError("calibrate: no batch was given, expected at least one batch of training images")
+    found = []
     for name, layer in layers.items():
         for part, quantizer in layer.input_quantizers.items():
             if quantizer.number_format.has_free_scale:
                 try:
-                    found = observers[name][part].scale(
+                    scale = observers[name][part].scale(
                         quantizer.number_format, method, quantizer.power_of_two
                     )
                 except ValueError as error:
                     raise ValueError(f"layer '{name}': {error}") from None
-                quantizer.set_scale(found)
+                found.append((quantizer, scale))
+    for quantizer, scale in found:
+        quantizer.set_scale(scale)
+    for layer in layers.values():
         layer.calibrate_weight(method)
     quantizers = [quantizer for layer in layers.values() for quantizer in layer.quantizers]
     if any(quantizer.number_format.step is not None for quantizer in quantizers):

@@ -4,6 +4,7 @@ bookkeeping through random networks.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import inspect
@@ -21,6 +22,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai.data import MetaTensor
+from monai.networks.nets import DenseNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -507,3 +510,88 @@ def test_random_networks_are_understood_and_split_exactly(drawn: Drawn, seed: in
     assert all(torch.equal(a, b) for a, b in zip(network(image), before, strict=True))
     quantize(network, QuantPlan.uniform(network, "int8", "int8"), image)
     assert find_skips(network, image) == tuple(found.values())
+
+
+class Decoder(nn.Module):
+    """One level of a U-Net whose concatenation is made and read as a function says."""
+
+    def __init__(self, joined: Callable[[Tensor, Tensor], Tensor], channels: int = 8) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(1, 4, 3, padding=1)
+        self.below = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(6, 4, 2, stride=2)
+        self.read = nn.Conv2d(channels, 2, 3, padding=1)
+        self.joined = joined
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.enter(x)
+        return self.read(self.joined(skip, self.up(self.below(skip))))
+
+
+def buffered(skip: Tensor, up: Tensor) -> Tensor:
+    joined = skip.new_empty(skip.shape[0], 8, *skip.shape[2:])
+    joined[:, :4] = up
+    joined[:, 4:] = skip
+    return joined
+
+
+@pytest.mark.parametrize(
+    ("joined", "expected"),
+    [
+        (lambda s, u: F.avg_pool2d(torch.cat([s * u.sigmoid(), u], 1), 2), "skip=4 up=4"),
+        (lambda s, u: F.interpolate(torch.cat([u, s + u], 1), scale_factor=2.0), "up=4 skip=4"),
+        (lambda s, u: torch.stack([u, s], 1).flatten(1, 2), "up=4 skip=4"),
+        (buffered, "up=4 skip=4"),
+        (lambda s, u: torch.cat([torch.cat([s, u], 1)] * 2, 0), "skip=4 up=4"),
+    ],
+)
+def test_ways_to_join_and_to_go_on(joined: Callable[[Tensor, Tensor], Tensor], expected: str) -> None:
+    (found,) = find_skips(Decoder(joined), torch.zeros(1, 1, 16, 16))
+    assert " ".join(f"{part.name}={part.channels}" for part in found.parts) == expected
+    assert found.layer == "read" and not found.reason
+
+
+def test_an_example_with_meta_data_is_an_image_like_any_other() -> None:
+    network = Decoder(lambda s, u: torch.cat([s.relu(), u.relu()], 1))
+    assert find_skips(network, MetaTensor(torch.zeros(1, 1, 16, 16))).splittable
+    plan = QuantPlan.uniform(network, "int8", "Q6.0")
+    quantize(network, plan, MetaTensor(torch.zeros(1, 1, 16, 16)))
+    assert str(network.read.input_quantizer.number_format) == "UQ6.0"
+
+
+def test_a_densely_connected_classifier_has_no_skips() -> None:
+    network = DenseNet(2, 1, 2, init_features=8, growth_rate=4, block_config=(2, 3))
+    assert not find_skips(network, torch.zeros(1, 1, 64, 64))
+
+
+def test_the_pooled_branch_of_parallel_ones_is_no_upsampled_path() -> None:
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = (nn.Conv2d(1, 2, 1) for _ in range(3))
+            self.read = nn.Conv2d(6, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            whole = F.interpolate(self.third(x.mean((2, 3), keepdim=True)), size=x.shape[2:])
+            return self.read(torch.cat([self.first(x), self.second(x), whole], 1))
+
+    assert not find_skips(Parallel(), torch.zeros(1, 1, 8, 8))
+
+
+def test_no_hook_stays_where_a_network_fails_or_holds_a_script() -> None:
+    network = Decoder(lambda s, u: torch.cat([s, u], 1))
+    network.scripted = torch.jit.script(nn.ReLU())
+    assert find_skips(network, torch.zeros(1, 1, 16, 16)).splittable
+    with pytest.raises(ValueError, match="failed on an example"):
+        find_skips(network, torch.zeros(1, 3, 16, 16))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+def test_an_error_that_the_network_catches_itself_does_not_hide_what_follows() -> None:
+    class Trying(Decoder):
+        def forward(self, x: Tensor) -> Tensor:
+            with contextlib.suppress(RuntimeError):
+                self.read(x)  # one channel, where eight are expected
+            return super().forward(x)
+
+    assert find_skips(Trying(lambda s, u: torch.cat([s, u], 1)), torch.zeros(1, 1, 16, 16)).splittable

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import monai_unetq as uq
 from monai_unetq.allocation import cost_of
 from monai_unetq.formats import QFormat
-from monai_unetq.layers import QuantizedLayer, SplitLayer
-from monai_unetq.parts import WHOLE
+from monai_unetq.layers import QuantizedLayer, SplitLayer, split_layer
+from monai_unetq.networks import QuantizedNetwork
+from monai_unetq.parts import WHOLE, Part
 from monai_unetq.plan import LayerPlan, QuantPlan
 from monai_unetq.surgery import plan_of_state, quantized_layers
 
@@ -156,7 +157,7 @@ def test_the_plan_of_a_split_network_goes_through_json_and_state(tmp_path: Path)
     plan = with_halves(network, by_part(skip="int6", up="int3"), by_part(skip="UQ2.6", up="UQ3.1"))
     uq.quantize(network, plan, image())
     found = uq.plan_of(network)
-    assert found["decoder.0"].channels == {"skip": 4, "up": 5}
+    assert found["decoder.0"].channels == (("skip", 4), ("up", 5))
     assert found["decoder.0"].weights == by_part(skip="int6", up="int3")
     found.save(tmp_path / "plan.json")
     entry = json.loads((tmp_path / "plan.json").read_text())["layers"]["decoder.0"]
@@ -164,7 +165,7 @@ def test_the_plan_of_a_split_network_goes_through_json_and_state(tmp_path: Path)
         "weight": {"skip": "int6", "up": "int3"},
         "input": {"skip": "UQ2.6", "up": "UQ3.1"},
         "bias": "accumulator",
-        "parts": {"skip": 4, "up": 5},
+        "parts": [["skip", 4], ["up", 5]],
     }
     # The plan says how the layer is split: a float network that is not gets it from there.
     other = trained()
@@ -281,7 +282,7 @@ def test_what_is_quantized_whole_is_not_split_and_nothing_changes() -> None:
             "formats for the parts skip, up, but is not split; call split",
         ),
         (
-            LayerPlan({WHOLE: QFormat("int8")}, {WHOLE: QFormat("int8")}, channels={"skip": 3, "up": 5}),
+            LayerPlan({WHOLE: QFormat("int8")}, {WHOLE: QFormat("int8")}, channels=(("skip", 3), ("up", 5))),
             "skip=3 | up=5 are not the layer's 9 input channels",
         ),
     ],
@@ -300,14 +301,14 @@ def test_a_plan_that_does_not_fit_leaves_the_network(layer: LayerPlan, message: 
 @pytest.mark.parametrize(
     ("channels", "found"),
     [
-        (None, "skip, skip.1, but is split into skip, up"),
-        ({"skip": 5, "up": 4}, "skip=5, up=4, but is split into skip=4, up=5"),
-        ({"up": 5, "skip": 4}, "up=5, skip=4, but is split into skip=4, up=5"),
+        (None, "skip, skip.1, but is split into skip=4, up=5"),
+        ((("skip", 5), ("up", 4)), "skip=5, up=4, but is split into skip=4, up=5"),
+        ((("up", 5), ("skip", 4)), "up=5, skip=4, but is split into skip=4, up=5"),
     ],
 )
-def test_a_plan_for_other_parts_is_refused(channels: dict[str, int] | None, found: str) -> None:
+def test_a_plan_for_other_parts_is_refused(channels: tuple[tuple[str, int], ...] | None, found: str) -> None:
     network: Any = uq.split(trained(), image())
-    names = ("skip", "skip.1") if channels is None else tuple(channels)
+    names = ("skip", "skip.1") if channels is None else tuple(part for part, _ in channels)
     layer = LayerPlan(dict.fromkeys(names, QFormat("int8")), {WHOLE: QFormat("int8")}, channels=channels)
     with pytest.raises(ValueError, match=r"plan: layer 'decoder\.0'") as error:
         uq.quantize(network, QuantPlan({"decoder.0": layer}), image())
@@ -326,3 +327,99 @@ def test_a_packed_file_of_a_whole_network_stays_readable_by_older_programs(tmp_p
         uq.pack(net, tmp_path / name)
         with safe_open(tmp_path / name, framework="pt") as file:
             assert json.loads(file.metadata()["monai_unetq"])["version"] == (3 if split else 1)
+
+
+def up_first() -> nn.Module:
+    """The concatenation has what comes from below first, in halves of equal width."""
+
+    class UpFirst(TwoLevels):
+        def forward(self, x: Tensor) -> Tensor:
+            skip = self.encoder(x)
+            return self.last(self.decoder(torch.cat([self.up(self.below(skip)), skip], dim=1)))
+
+    torch.manual_seed(3)
+    network = UpFirst()
+    network.up = nn.Sequential(nn.ConvTranspose2d(6, 4, 2, stride=2), nn.BatchNorm2d(4), nn.ReLU())
+    network.decoder = nn.Sequential(nn.Conv2d(8, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+    return network.eval()
+
+
+def test_the_order_of_the_parts_survives_sorted_keys(tmp_path: Path) -> None:
+    network: Any = uq.split(up_first(), image())
+    formats = by_part(up="int3", skip="int8")
+    uq.quantize(network, with_halves(network, formats, by_part(up="uint3", skip="uint8")), image())
+    plan = uq.plan_of(network)
+    again = QuantPlan.from_json(json.loads(json.dumps(plan.to_json(), sort_keys=True)))
+    assert again == plan and again["decoder.0"].channels == (("up", 4), ("skip", 4))
+    state = dict(sorted(network.state_dict().items()))
+    assert plan_of_state(state) == plan
+    swapped = LayerPlan(formats, formats, channels=(("skip", 4), ("up", 4)))
+    assert swapped != LayerPlan(formats, formats, channels=(("up", 4), ("skip", 4)))
+    uq.pack(network, tmp_path / "model.unetq")
+    other: Any = up_first()
+    split_layer(other.decoder[0], [Part("skip", 4), Part("up", 4)])
+    with pytest.raises(
+        ValueError, match=r"decoder\.0: it is split into .*'skip', 4.* here, .*'up', 4.* there"
+    ):
+        uq.unpack(tmp_path / "model.unetq", other)
+
+
+def test_parts_of_one_input_share_their_sign() -> None:
+    network: Any = trained()
+    network.up = network.up[:2]  # without ReLU: what comes up is signed
+    uq.split(network, image())
+    uq.quantize(
+        network,
+        with_halves(network, by_part(skip="int8", up="int8"), by_part(skip="UQ6.0", up="Q6.0")),
+        image(),
+    )
+    quantizers = quantized_layers(network)["decoder.0"].input_quantizers
+    assert [str(q.number_format) for q in quantizers.values()] == ["Q6.0", "Q6.0"]
+
+
+def test_one_layer_under_two_names_has_one_plan() -> None:
+    network: Any = trained()
+    network.alias = network.decoder[0]
+    plan = QuantPlan.uniform(network, "int8", "int8")
+    other = plan.with_layers({"alias": LayerPlan.whole(QFormat("int4"), QFormat("int8"))})
+    with pytest.raises(ValueError, match="are the same layer, but have different formats"):
+        uq.quantize(network, other, image())
+    assert not quantized_layers(network)
+
+
+def test_one_weight_of_two_layers_with_different_formats_is_not_packed(tmp_path: Path) -> None:
+    network: Any = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1))
+    network[1].weight = network[0].weight
+    plan = QuantPlan(
+        {str(i): LayerPlan.whole(QFormat(f), QFormat("int8")) for i, f in enumerate(("int8", "int4"))}
+    )
+    uq.quantize(network, plan, torch.zeros(1, 2, 4, 4))
+    with pytest.raises(ValueError, match="'0' and '1' share one weight and round it differently"):
+        uq.pack(network, tmp_path / "model.unetq")
+    assert not (tmp_path / "model.unetq").exists()
+
+
+def test_calibration_that_fails_changes_no_scale() -> None:
+    class Idle(TwoLevels):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.mean() > 0 else self.last(self.encoder(x))
+
+    network: Any = uq.split(Idle(), image())
+    uq.quantize(network, QuantPlan.uniform(network, "int8", "int8"), image())
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with pytest.raises(ValueError, match="no values seen"):
+        uq.calibrate(network, [-image()])
+    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+
+
+def test_a_state_says_how_the_network_is_split_to_a_wrapper_that_asks_for_the_same_formats(
+    tmp_path: Path,
+) -> None:
+    network: Any = uq.split(up_first(), image())
+    uq.quantize(network, QuantPlan.uniform(network, "int8", "int6"), image())
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    options: dict[str, Any] = {"weights": "int8", "example_shape": (1, 1, 16, 16)}
+    back = QuantizedNetwork(up_first(), activations="int6", state=tmp_path / "model.pt", **options)
+    assert torch.equal(back.eval()(image()), network(image()))
+    with pytest.raises(ValueError, match=r"is int8/uint6 there, int8/uint4 was asked for"):
+        QuantizedNetwork(up_first(), activations="int4", state=tmp_path / "model.pt", **options)

@@ -289,9 +289,9 @@ def _statistics(network: nn.Module) -> dict[str, float]:
             weight_bits, input_bits = weight_bits + 32 * count, input_bits + 32
             continue
         layer = layers[name]
-        quantizers, pieces = layer.weight_quantizers, layer.pieces(layer.output_major(layer.weight))
+        quantizers, pieces = layer.weight_quantizers, layer.weight_pieces()
         weight_bits += sum(q.number_format.bits * pieces[part].numel() for part, q in quantizers.items())
-        channels = {part.name: part.channels for part in layer.parts} or {WHOLE: 1}
+        channels = layer.part_channels
         bits = sum(q.number_format.bits * channels[part] for part, q in layer.input_quantizers.items())
         input_bits += bits / sum(channels.values())
     found = {
