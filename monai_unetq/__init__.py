@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import datasets, networks, training, transforms
+    from .allocation import allocate
     from .deploy import inspect_packed, pack, unpack
     from .formats import QFormat
     from .plan import LayerPlan, QuantPlan
@@ -23,6 +24,7 @@ __all__ = [
     "QFormat",
     "QuantPlan",
     "__version__",
+    "allocate",
     "calibrate",
     "datasets",
     "dequantize",
@@ -44,6 +46,7 @@ _HOME = {
     "LayerPlan": "plan",
     "QFormat": "formats",
     "QuantPlan": "plan",
+    "allocate": "allocation",
     "calibrate": "training",
     "dequantize": "surgery",
     "find_skips": "surgery",

@@ -1,4 +1,5 @@
-"""What ``unetq inspect`` accepts and prints: packed models, MONAI bundles and nnU-Net's trained models."""
+"""What ``unetq inspect`` accepts and prints: packed models, MONAI bundles and nnU-Net's trained models; and how a
+model that a user names becomes a network."""
 
 from __future__ import annotations
 
@@ -7,15 +8,18 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..surgery import Skips
 
-__all__ = ["add_inspect_command", "aligned"]
+__all__ = ["LoadedModel", "add_inspect_command", "add_model_arguments", "aligned", "load_model", "on_meta"]
+
+_Found = TypeVar("_Found")
 
 _EXAMPLES = """\
 examples:
@@ -41,26 +45,31 @@ def add_inspect_command(commands: Any, command: Callable[..., argparse.ArgumentP
         command: makes the parser of one, from commands, name, summary and examples.
     """
     inspect = command(commands, "inspect", "print what a model holds, and its skip connections", _EXAMPLES)
-    inspect.add_argument(
+    add_model_arguments(inspect)
+    inspect.set_defaults(run=_inspect, after_interrupt="")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``load_model`` reads, and ``--json``."""
+    parser.add_argument(
         "model",
         type=Path,
         metavar="MODEL",
         help="a packed model, a MONAI bundle's folder, nnU-Net's folder of a trained model, or a plans file",
     )
-    inspect.add_argument(
+    parser.add_argument(
         "--configuration",
         metavar="NAME",
         help="of nnU-Net's plans (default: the one the folder is named for)",
     )
-    inspect.add_argument(
+    parser.add_argument(
         "--size",
         type=int,
         nargs="+",
         metavar="N",
         help="of the image that MACs are counted for: H W or H W D (default: what the model says)",
     )
-    inspect.add_argument("--json", action="store_true", help="print everything as JSON")
-    inspect.set_defaults(run=_inspect, after_interrupt="")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -72,7 +81,30 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _inspect(options: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class LoadedModel:
+    """A float network and the image it is for.
+
+    Attributes:
+        head: path, and nnU-Net's configuration.
+        network: on the meta device where nnU-Net built it.
+        example: (1, C, spatial…), on the meta device.
+        source: where the image's size is from.
+    """
+
+    head: dict[str, Any]
+    network: nn.Module
+    example: Tensor
+    source: str
+
+
+def load_model(options: argparse.Namespace) -> LoadedModel | None:
+    """The network of what ``add_model_arguments`` accepts; None for a packed file, which holds none.
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+        ValueError: if it is none, or the size or the configuration do not fit it.
+    """
     model: Path = options.model
     if not model.exists():
         raise FileNotFoundError(
@@ -81,12 +113,16 @@ def _inspect(options: argparse.Namespace) -> None:
         )
     if model.is_dir() and (configuration := _bundle_configuration(model)):
         _refuse(options, "a bundle has one network", "configuration")
-        description = _bundle(model, configuration, options.size)
-    elif model.is_dir() or model.suffix == ".json":
-        description = _nnunet(*_plans(model, options.configuration), options.size)
-    else:
-        _refuse(options, f"the packed file {model} says it itself", "configuration", "size")
-        description = _packed(model)
+        return _bundle(model, configuration, options.size)
+    if model.is_dir() or model.suffix == ".json":
+        return _nnunet(*_plans(model, options.configuration), options.size)
+    _refuse(options, f"the packed file {model} says it itself", "configuration", "size")
+    return None
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    loaded = load_model(options)
+    description = _packed(options.model) if loaded is None else {**loaded.head, **_described(loaded)}
     print(json.dumps(description, indent=1) if options.json else _text(description))
 
 
@@ -106,7 +142,7 @@ def _packed(file: Path) -> dict[str, Any]:
     return inspect_packed(file)
 
 
-def _bundle(folder: Path, configuration: Path, size: Sequence[int] | None) -> dict[str, Any]:
+def _bundle(folder: Path, configuration: Path, size: Sequence[int] | None) -> LoadedModel:
     """The network of a bundle's ``network_def``, in float."""
     metadata = folder / "configs" / "metadata.json"
     said = _image_size(_document(metadata)) if metadata.is_file() else None
@@ -143,7 +179,7 @@ def _bundle(folder: Path, configuration: Path, size: Sequence[int] | None) -> di
     shape = tuple(default.shape[2:])
     source = "--size" if size else "metadata.json" if said else "by default; see --size"
     chosen = _sized(default, size or said or shape, "--size" if size else str(metadata))
-    return {"path": str(folder), **_described(dequantize(network), chosen, source)}
+    return LoadedModel({"path": str(folder)}, dequantize(network), chosen, source)
 
 
 def _image_size(metadata: dict[str, Any]) -> tuple[int, ...] | None:
@@ -191,7 +227,7 @@ def _nnunet(
     dataset: dict[str, Any],
     configuration: str,
     size: Sequence[int] | None,
-) -> dict[str, Any]:
+) -> LoadedModel:
     """The network as nnU-Net builds it from plans, with the outputs that it has when it predicts."""
     import torch
 
@@ -224,11 +260,7 @@ def _nnunet(
         ) from error
     chosen = _sized(example, size or tuple(example.shape[2:]), "--size")
     source = "--size" if size else f"patch of {configuration}"
-    return {
-        "path": str(file),
-        "configuration": configuration,
-        **_described(network, chosen, source),
-    }
+    return LoadedModel({"path": str(file), "configuration": configuration}, network, chosen, source)
 
 
 def _document(file: Path) -> dict[str, Any]:
@@ -256,31 +288,40 @@ def _sized(example: Tensor, size: Sequence[int], source: str) -> Tensor:
     return torch.zeros(*example.shape[:2], *size, device="meta")
 
 
-def _described(network: nn.Module, example: Tensor, source: str) -> dict[str, Any]:
-    """What there is to say of a float network; on the meta device where the network runs there.
+def on_meta(network: nn.Module, example: Tensor, run: Callable[[nn.Module, Tensor], _Found]) -> _Found:
+    """``run(network, example)`` on the meta device, or with values where the network does not run there.
 
-    MACs are those of convolutions, transposed convolutions and linear layers.
+    Raises:
+        ValueError: what ``run`` raises, and that the size can be given.
     """
     import copy
 
     import torch
 
-    parameters = list(network.parameters())
     try:
         try:
-            skips, macs = _observed(copy.deepcopy(network).to("meta"), example)
+            return run(copy.deepcopy(network).to("meta"), example)
         except (ValueError, RuntimeError, TypeError):
-            if any(parameter.is_meta for parameter in parameters):
+            if any(parameter.is_meta for parameter in network.parameters()):
                 raise
             # Some networks look at values in their forward, and there are none on the meta device.
-            skips, macs = _observed(network, torch.zeros(example.shape))
+            return run(network, torch.zeros(example.shape))
     except ValueError as error:
         raise ValueError(f"{error}; on the command line: --size") from None
+
+
+def _described(loaded: LoadedModel) -> dict[str, Any]:
+    """What there is to say of a float network.
+
+    MACs are those of convolutions, transposed convolutions and linear layers.
+    """
+    network = loaded.network
+    skips, macs = on_meta(network, loaded.example, _observed)
     return {
         "network": f"{type(network).__module__}.{type(network).__qualname__}",
-        "image": list(example.shape[1:]),
-        "image_from": source,
-        "parameters": sum(parameter.numel() for parameter in parameters),
+        "image": list(loaded.example.shape[1:]),
+        "image_from": loaded.source,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "macs": macs,
         "skips": skips.to_json(),
         "up_to_skip_macs": _up_to_skip(skips),

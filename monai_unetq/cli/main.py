@@ -15,7 +15,9 @@ from typing import Any
 
 from .. import __version__
 from ..formats import QFormat
+from .allocate import add_allocate_command
 from .bundle import add_bundle_command
+from .cost import add_cost_command
 from .data import add_data_command
 from .inspect import add_inspect_command, aligned
 from .reproduce import add_reproduce_command
@@ -137,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     formats.set_defaults(run=_format, after_interrupt="")
 
     add_inspect_command(commands, _command)
+    add_allocate_command(commands, _command)
+    add_cost_command(commands, _command)
     add_data_command(commands, _command)
     add_bundle_command(commands, _command)
     add_reproduce_command(commands, _command)

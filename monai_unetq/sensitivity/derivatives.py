@@ -1,6 +1,7 @@
 """First and second derivatives of a loss with respect to every weight and every layer's input at once.
 
-An input is no parameter: a perturbation of zeros is added to it in front of its layer, and differentiated.
+An input is no parameter: it is differentiated by an alias of it that its layer alone reads, which is what a
+perturbation added in front of the layer would give.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from ..parts import WHOLE
@@ -73,43 +78,86 @@ class Derivatives:
         """Tensor's name → sum of the squared gradients over its values, over all images for an input."""
         with self._graph(image, label) as (value, tensors):
             gradients = self._gradients(value, tensors, graph=False)
-        return self._sums({target: [(g, g) for g in found] for target, found in gradients.items()})
+        sums = self._no_sums()
+        for target, found in gradients.items():
+            for gradient in found:
+                self._add(sums, target, gradient, gradient)
+        return _finite(sums)
 
-    def products(self, image: Tensor, label: Any, seed: int) -> dict[str, float]:
-        """Tensor's name → vᵀHv for its block of the Hessian, v of random signs: unbiased for the block's trace.
+    def products(self, image: Tensor, label: Any, seeds: Sequence[int]) -> dict[str, float]:
+        """Tensor's name → mean of vᵀHv for its block of the Hessian, one v of random signs for each seed.
 
-        Hutchinson's estimator (1989) with Rademacher probes, all blocks in one double backward: what a probe's other
-        blocks add has mean 0.
+        Hutchinson's estimator (1989) with Rademacher probes: unbiased for the block's trace. All blocks go in one
+        double backward, since what a probe's other blocks add has mean 0. The first backward is shared by all seeds.
         """
-        with self._graph(image, label) as (value, tensors):
-            gradients = self._gradients(value, tensors, graph=True)
-            probes = _signs(
-                {t: [g.shape for g in found] for t, found in gradients.items()}, image.device, seed
+        totals: dict[str, float] = {}
+        try:
+            with self._graph(image, label) as (value, tensors):
+                slopes = self._slopes(value, tensors)
+                for number, seed in enumerate(seeds):
+                    last = number == len(seeds) - 1
+                    for name, found in self._probe(tensors, slopes, seed, keep_graph=not last).items():
+                        totals[name] = totals.get(name, 0.0) + found / len(seeds)
+        except _NotTwiceError as error:
+            raise self._not_twice(image, label, error) from error
+        return totals
+
+    def _slopes(self, value: Tensor, tensors: Mapping[Target, Sequence[Tensor]]) -> list[GradientEdge | None]:
+        """Where the graph of each gradient begins, without the gradient itself; none where it is a constant."""
+        gradients = self._gradients(value, tensors, graph=True)
+        flat = [gradient for target in self.wanted for gradient in gradients[target]]
+        return [get_gradient_edge(gradient) if gradient.requires_grad else None for gradient in flat]
+
+    def _probe(
+        self,
+        tensors: Mapping[Target, Sequence[Tensor]],
+        slopes: Sequence[GradientEdge | None],
+        seed: int,
+        keep_graph: bool,
+    ) -> dict[str, float]:
+        flat = [(target, tensor) for target in self.wanted for tensor in tensors[target]]
+        probes = _signs([tensor for _, tensor in flat], seed)
+        sums = self._no_sums()
+        curved = [(edge, v) for edge, v in zip(slopes, probes, strict=True) if edge is not None]
+        # What is inside the graph is summed up when it passes, and need not be kept for all layers at once. All of it
+        # lies on ways to leaves.
+        ends = [(target, v, t) for (target, t), v in zip(flat, probes, strict=True) if t.is_leaf]
+        inner = [(target, v, t) for (target, t), v in zip(flat, probes, strict=True) if not t.is_leaf]
+        hooks = [
+            tensor.register_hook(lambda h, target=target, v=v: self._add(sums, target, v, h))
+            for target, v, tensor in inner
+        ]
+        try:
+            found = (
+                torch.autograd.grad(
+                    [edge for edge, _ in curved],
+                    [tensor for _, _, tensor in ends],
+                    [v for _, v in curved],
+                    retain_graph=keep_graph,
+                    allow_unused=True,
+                )
+                if curved
+                else [None] * len(ends)
             )
-            flat = [tensor for t in self.wanted for tensor in tensors[t]]
-            inner = [
-                (g * v).sum() for t in self.wanted for g, v in zip(gradients[t], probes[t], strict=True) if g.requires_grad
-            ]  # fmt: skip
-            if not inner:  # the gradient is a constant
-                return {name: 0.0 for t in self.wanted for _, name in t.names(self.modules[t.layer])}
-            try:
-                second = torch.autograd.grad(sum(inner[1:], start=inner[0]), flat, allow_unused=True)
-            except RuntimeError as error:
-                raise self._not_twice(image, label, error) from error
-        remaining = iter(second)
-        pairs = {
-            t: [
-                (v, torch.zeros_like(v) if h is None else h)
-                for v, h in ((v, next(remaining)) for v in probes[t])
-            ]
-            for t in self.wanted
-        }
-        return self._sums(pairs)
+        except RuntimeError as error:
+            raise _NotTwiceError(str(error)) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for (target, v, _), h in zip(ends, found, strict=True):
+            if h is not None:
+                self._add(sums, target, v, h)
+        return _finite(sums)
 
     def _gradients(
         self, value: Tensor, tensors: Mapping[Target, Sequence[Tensor]], graph: bool
     ) -> dict[Target, list[Tensor]]:
         flat = [tensor for target in self.wanted for tensor in tensors[target]]
+        if not value.requires_grad:
+            last = self.wanted[-1].layer
+            raise ValueError(
+                f"the loss does not depend on any layer, not even on the last one, layer '{last}'"
+            )
         try:
             found = iter(torch.autograd.grad(value, flat, create_graph=graph, allow_unused=True))
         except RuntimeError as error:
@@ -124,6 +172,8 @@ class Derivatives:
                         f"result; leave it out (without=['{target.layer}']) or use a loss that sees it"
                     )
                 gradients.setdefault(target, []).append(gradient)
+        if graph and _is_once_only(value):
+            raise _NotTwiceError("it is marked as once_differentiable")
         return gradients
 
     @contextmanager
@@ -131,46 +181,66 @@ class Derivatives:
         """The loss with its graph, and the tensors that it is differentiated by: one, or one for each call."""
         tensors: dict[Target, list[Tensor]] = {target: [] for target in self.wanted}
         hooks = []
-        weights = [cast(Tensor, self.modules[t.layer].weight) for t in self.wanted if t.kind == "weight"]
-        frozen = [weight for weight in weights if weight.is_leaf and not weight.requires_grad]
 
-        def perturb(target: Target, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        def mark(target: Target, args: Any, kwargs: Any) -> tuple[Any, Any]:
             by_name = not args
             tensor = kwargs["input"] if by_name else args[0]
-            zeros = torch.zeros_like(tensor, requires_grad=True)
-            tensors[target].append(zeros)
-            moved = tensor + zeros
-            return (args, {**kwargs, "input": moved}) if by_name else ((moved, *args[1:]), kwargs)
+            # An alias that only this layer reads: the derivative by it is that by a perturbation of what goes in here.
+            alias = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_(True)
+            tensors[target].append(alias)
+            return (args, {**kwargs, "input": alias}) if by_name else ((alias, *args[1:]), kwargs)
 
-        for target in self.wanted:
-            module = self.modules[target.layer]
-            if target.kind == "input":
-                hooks.append(
-                    module.register_forward_pre_hook(
-                        lambda _, args, kwargs, target=target: perturb(target, args, kwargs),
-                        with_kwargs=True,
+        # Only the plain attention kernel can be differentiated twice.
+        with self._light(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            for target in self.wanted:
+                module = self.modules[target.layer]
+                if target.kind == "input":
+                    hooks.append(
+                        module.register_forward_pre_hook(
+                            lambda _, args, kwargs, target=target: mark(target, args, kwargs),
+                            with_kwargs=True,
+                        )
                     )
-                )
-            else:
-                tensors[target].append(cast(Tensor, module.weight))
-        for weight in frozen:
-            weight.requires_grad_(True)
-        try:
-            # Only the plain attention kernel can be differentiated twice.
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+                else:
+                    weight = cast(Tensor, module.weight)
+                    if weight.is_leaf:
+                        weight.requires_grad_(True)
+                    tensors[target].append(weight)
+            try:
                 value = self.loss(self.network(image), label)
                 self._check(value, image)
-                idle = [target.layer for target in self.wanted if not tensors[target]]
-                if idle:
-                    raise ValueError(
-                        f"layer '{idle[0]}' does not run on this batch; leave it out (without=['{idle[0]}'])"
-                    )
+                for target in self.wanted:
+                    if not tensors[target]:
+                        raise ValueError(
+                            f"layer '{target.layer}' does not run on this batch; leave it out "
+                            f"(without=['{target.layer}'])"
+                        )
                 yield value, tensors
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+    @contextmanager
+    def _light(self) -> Iterator[None]:
+        """For a while nothing requires a gradient, and batch norm in evaluation is the affine map that it computes.
+
+        Its own backward keeps its input, and its second derivative is a long formula; an affine map's are neither.
+        Weights that are computed, such as those of weight norm, are computed once.
+        """
+        required = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]
+        norms = [module for module in self.modules.values() if _is_affine(module)]
+        try:
+            for parameter, _ in required:
+                parameter.requires_grad_(False)
+            for norm in norms:
+                norm.__dict__["forward"] = _affine(norm)
+            with parametrize.cached():
+                yield
         finally:
-            for hook in hooks:
-                hook.remove()
-            for weight in frozen:
-                weight.requires_grad_(False)
+            for norm in norms:
+                norm.__dict__.pop("forward", None)
+            for parameter, before in required:
+                parameter.requires_grad_(before)
 
     def _check(self, value: Any, image: Tensor) -> None:
         if not isinstance(value, Tensor) or value.dim() != 0:
@@ -208,19 +278,17 @@ class Derivatives:
                 hook.remove()
         return seen[0] if seen else ""
 
-    def _not_twice(self, image: Tensor, label: Any, error: RuntimeError) -> ValueError:
+    def _not_twice(self, image: Tensor, label: Any, error: Exception) -> ValueError:
         """An error that names the layer behind which the operation without a second derivative lies."""
         everything, named = self.wanted, "the network"
-        inputs = [target for target in everything if target.kind == "input"]
-        for target in reversed(inputs):
+        for layer in reversed(dict.fromkeys(target.layer for target in everything)):
+            target = Target(layer, "input")
             self.wanted = [target]
             try:
                 with self._graph(image, label) as (value, tensors):
-                    (gradient,) = self._gradients(value, tensors, graph=True)[target][:1]
-                    if gradient.requires_grad:
-                        torch.autograd.grad(gradient.sum(), tensors[target], allow_unused=True)
-            except RuntimeError:
-                named = f"layer '{target.layer}'"
+                    self._probe(tensors, self._slopes(value, tensors), 0, keep_graph=False)
+            except _NotTwiceError:
+                named = f"layer '{layer}'"
                 break
             finally:
                 self.wanted = everything
@@ -228,23 +296,18 @@ class Derivatives:
             f"an operation behind {named} cannot be differentiated twice: {error}; use one that can, or another metric"
         )
 
-    def _sums(self, pairs: Mapping[Target, Sequence[tuple[Tensor, Tensor]]]) -> dict[str, float]:
-        """Σ a·b for every tensor, parts apart."""
-        sums: dict[str, float] = {}
-        for target, found in pairs.items():
-            module: Any = self.modules[target.layer]
-            parts = target.names(module)
-            for _, name in parts:
-                sums[name] = 0.0
-            for first, second in found:
-                product = (first.detach() * second.detach()).double()
-                sizes = [part.channels for part in getattr(module, "parts", ())]
-                pieces = (
-                    product.split(sizes, self._axis(module, product, target.kind)) if sizes else (product,)
-                )
-                for (_, name), piece in zip(parts, pieces, strict=True):
-                    sums[name] += float(piece.sum())
-        return sums
+    def _no_sums(self) -> dict[str, float]:
+        return {name: 0.0 for t in self.wanted for _, name in t.names(self.modules[t.layer])}
+
+    def _add(self, sums: dict[str, float], target: Target, first: Tensor, second: Tensor) -> None:
+        """Add Σ a·b to a tensor's sum, parts apart."""
+        module: Any = self.modules[target.layer]
+        sizes = [part.channels for part in getattr(module, "parts", ())]
+        axis = self._axis(module, first, target.kind)
+        channels = (first * second.detach()).movedim(axis, 0).flatten(1).sum(1).double()
+        pieces = channels.split(sizes or [len(channels)])
+        for (_, name), piece in zip(target.names(module), pieces, strict=True):
+            sums[name] += float(piece.sum())
 
     @staticmethod
     def _axis(module: Any, tensor: Tensor, kind: Kind) -> int:
@@ -256,15 +319,72 @@ class Derivatives:
         return tensor.dim() + 1 - int(module.weight.dim())
 
 
-def _signs(
-    shapes: Mapping[Target, Sequence[torch.Size]], device: torch.device, seed: int
-) -> dict[Target, list[Tensor]]:
-    """+1 or -1 with equal chance for every value; the same for the same seed and device."""
-    generator = torch.Generator(device=device).manual_seed(seed)
-    return {
-        target: [
-            torch.randint(0, 2, shape, generator=generator, device=device).float().mul_(2).sub_(1)
-            for shape in found
-        ]
-        for target, found in shapes.items()
-    }
+def _finite(sums: dict[str, float]) -> dict[str, float]:
+    for name, number in sums.items():
+        if not math.isfinite(number):
+            raise ValueError(f"the derivative by '{name}' is {number}, though the loss is finite")
+    return sums
+
+
+class _NotTwiceError(Exception):
+    """What was differentiated has no derivative again."""
+
+
+_ONCE = once_differentiable(lambda context: None).__code__  # of the wrapper that it puts around a backward
+
+
+def _is_once_only(value: Tensor) -> bool:
+    """Whether an operation on the way to a value is marked as having no second derivative.
+
+    torch cuts the graph behind it, and finds a second derivative of 0 there without a word.
+    """
+    waiting = [value.grad_fn]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        if getattr(backward, "__code__", None) is _ONCE:
+            return True
+        following = {function for function, _ in node.next_functions} - seen
+        seen |= following
+        waiting += following
+    return False
+
+
+def _is_affine(module: nn.Module) -> bool:
+    """Whether a module is a batch norm with fixed statistics, whose forward is torch's own."""
+    return (
+        isinstance(module, _BatchNorm)
+        and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        and not module.training
+        and module.running_mean is not None
+        and module.running_var is not None
+    )
+
+
+def _affine(norm: Any) -> Callable[[Tensor], Tensor]:
+    """What a batch norm computes in evaluation: (x - μ)·γ/√(σ² + ε) + β, as one multiplication and addition."""
+    gain = torch.rsqrt(norm.running_var + norm.eps)
+    gain = gain if norm.weight is None else gain * norm.weight.detach()
+    shift = -norm.running_mean * gain
+    shift = shift if norm.bias is None else shift + norm.bias.detach()
+
+    def forward(input: Tensor) -> Tensor:
+        shape = (1, -1, *[1] * (input.dim() - 2))
+        return torch.addcmul(shift.view(shape), input, gain.view(shape))
+
+    return forward
+
+
+def _signs(like: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """+1 or -1 with equal chance for every value of every tensor; the same for the same seed and device."""
+    generator = torch.Generator(device=like[0].device).manual_seed(seed)
+    signs = []
+    for tensor in like:
+        # Eight bytes a draw, and the last bit of each: the drawing itself is what takes time.
+        drawn = torch.empty(tensor.numel() // 8 + 1, dtype=torch.int64, device=tensor.device)
+        bits = drawn.random_(generator=generator).view(torch.int8)[: tensor.numel()].bitwise_and_(1)
+        signs.append(torch.empty_like(tensor).copy_(bits.view(tensor.shape)).mul_(2).sub_(1))
+    return signs

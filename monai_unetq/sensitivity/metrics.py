@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -26,6 +26,11 @@ __all__ = ["Score", "fisher", "hessian_traces", "score_drop", "sqnr"]
 
 LEAST_SAMPLES = 10
 """Of every trace, before its standard error is believed."""
+
+PROBES_PER_PASS = 5
+"""At most: probes of one batch share its forward and first backward, a third of the time of a probe of its own."""
+
+_T = TypeVar("_T")
 
 Score = Callable[[Any, Any], float]
 """Of the network's output and a batch's label: a number that is better when it is larger, such as Dice in percent."""
@@ -73,8 +78,9 @@ def hessian_traces(
 
     Ω = tr(H)/n · ‖Q(T) - T‖², as HAWQ-V2 defines it (Dong et al., NeurIPS 2020, equation 3; of inputs section 3.3).
     Traces are estimated by Hutchinson's method: the mean of vᵀHv over probes v of random signs, for all tensors in one
-    double backward. Each probe goes with the next batch. It ends when every standard error is below ``tolerance``
-    times the largest trace among weights, or among inputs, so that layers near zero cannot hold it up.
+    double backward. A sample is the mean of up to five probes on the next batch, so that its standard error knows what
+    differs between batches, too. It ends when every standard error is below ``tolerance`` times the largest trace
+    among weights, or among inputs, so that layers near zero cannot hold it up; not before ten samples.
 
     Inputs are counted for one image: the trace is the sum over the images of a pass, so that it does not depend on the
     size of batches where the loss is a mean over images.
@@ -86,60 +92,73 @@ def hessian_traces(
         batches: pairs (image, label), or dictionaries with ``"image"`` and ``"label"``; gone through again and again.
             In the same order if a run is to be continued or repeated.
         tolerance: see above.
-        probes: most probes in all.
+        probes: most probes in all, at least two.
         widths: candidate bit widths.
         scale: of the rounding whose error counts; see ``QuantPlan``.
         granularity: see ``QuantPlan``.
         without: names or shell patterns of layers that are left out; they stay float in a plan made of this.
         images_per_pass: batches are cut into so many images, for a smaller memory; all at once by default.
         seed: of the probes.
-        state: a file that keeps what is done, and is gone on with; removed at the end by nobody but you.
+        state: a file that keeps what is done, and is gone on with; removed at the end by nobody but you. It is
+            refused for another network or other settings; that the data is the same is up to you.
         progress: shows a bar.
 
-    Under ``torchrun`` every process takes its share of the probes, each with a batch of its own.
+    Where ``torch.distributed`` is initialized (``torchrun``), every process takes its share of the samples, each with
+    a batch of its own, and all return the same.
 
     Returns:
         the sensitivities, ``trace`` and ``error`` of all tensors with them.
 
     Raises:
-        ValueError: if there is no batch, the loss is NaN, does not depend on a layer, or cannot be differentiated
-            twice; the message names the layer.
+        ValueError: if there is no batch or label, an argument is out of its range, the loss is NaN, does not depend on
+            a layer, or cannot be differentiated twice (the message names the layer); or ``state`` does not fit.
 
     Example:
         >>> found = hessian_traces(network, DiceLoss(sigmoid=True), loader)
         >>> found["decoder.0.conv1.weight[skip]"].trace
     """
+    if probes < 2:
+        raise ValueError(f"probes is {probes}, expected at least 2: one has no standard error")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance is {tolerance}, expected a share of at least 0")
     run = _Run(network, batches, widths, scale, granularity, without, images_per_pass)
     derivatives = Derivatives(run.twin, loss, run.targets)
+    together = max(1, min(PROBES_PER_PASS, probes // LEAST_SAMPLES))
     conditions = {
-        "seed": seed, "tolerance": tolerance, "images_per_pass": images_per_pass, "without": list(without),
-        "network": _digest(run.twin),
+        "seed": seed, "images_per_pass": images_per_pass, "probes_per_pass": together, "without": list(without),
+        "images": sum(len(image) for image in run.images), "network": _digest(run.twin),
     }  # fmt: skip
-    sums, done = _restore(state, conditions)
     rank, world = _processes()
-    bar = tqdm(
-        total=probes,
-        initial=done,
+    sums, done = _from_first(lambda: _restore(state, conditions))
+    passes = run.passes(done + rank, world)
+
+    def sample() -> dict[str, float]:
+        image, label = next(passes)
+        return derivatives.products(image, label, [_seed(seed, done + rank, n) for n in range(together)])
+
+    with tqdm(
+        total=probes // together * together,
+        initial=done * together,
         desc="hessian traces",
         unit="probe",
         disable=None if progress and not rank else True,
-    )
-    passes = run.passes(done + rank, world)
-    while done < probes and not _settled(sums, tolerance):
-        image, label = next(passes)
-        mine = derivatives.products(image, label, _seed(seed, done + rank))
-        for found in _gathered(mine, world):
-            done += 1
-            for name, value in found.items():
-                sums.setdefault(name, _Running()).add(value / run.counts[name])
-        if not rank:
-            _keep(state, conditions, sums, done)
-        bar.update(world)
-        bar.set_postfix_str(f"{_worst(sums):.1%} of the largest trace")
-    bar.close()
+    ) as bar:
+        while done * together + together <= probes and not _settled(sums, tolerance):
+            for found in _gathered(sample):
+                done += 1
+                for name, value in found.items():
+                    sums.setdefault(name, _Running()).add(value / run.counts[name])
+            if not rank:
+                _keep(state, conditions, sums, done)
+            bar.update(world * together)
+            bar.set_postfix_str(f"{_worst(sums):.1%} of the largest trace")
     traces = {name: (entry.mean, entry.error) for name, entry in sums.items()}
     settled = _settled(sums, tolerance)
-    return run.table("hessian", traces, {**conditions, "probes": done, "settled": settled})
+    return run.table(
+        "hessian",
+        traces,
+        {**conditions, "tolerance": tolerance, "probes": done * together, "settled": settled},
+    )
 
 
 def fisher(
@@ -207,15 +226,20 @@ def score_drop(
 
     Args:
         score: see ``Score``; its mean over the batches counts.
+
+    Raises:
+        ValueError: see ``hessian_traces``; or if the score is NaN.
     """
     run = _Run(network, batches, widths, scale, granularity, without, None)
     pairs = list(run.one_round())
 
-    def mean(net: nn.Module) -> float:
-        return sum(float(score(net(image), label)) for image, label in pairs) / len(pairs)
+    def mean(net: nn.Module, which: str) -> float:
+        found = sum(float(score(net(image), label)) for image, label in pairs) / len(pairs)
+        if not math.isfinite(found):
+            raise ValueError(f"the score is {found} {which}, expected a finite number")
+        return found
 
-    with evaluating(run.twin):
-        best = mean(run.twin)
+    best = mean(run.twin, "of the float network")
     drops: dict[str, dict[int, float]] = {}
     total = len(run.counts) * len(run.rounding.widths)
     with tqdm(total=total, desc="score drop", unit="tensor", disable=None if progress else True) as bar:
@@ -232,7 +256,8 @@ def score_drop(
                             if name not in run.counts:
                                 continue
                             quantizer.enabled = True
-                            drops.setdefault(name, {})[bits] = max(0.0, best - mean(twin))
+                            found = mean(twin, f"with '{name}' at {bits} bits")
+                            drops.setdefault(name, {})[bits] = max(0.0, best - found)
                             quantizer.enabled = False
                             bar.update()
     conditions = {"score": best, "without": list(without)}
@@ -255,11 +280,12 @@ class _Run:
         if images_per_pass is not None and images_per_pass < 1:
             raise ValueError(f"images_per_pass is {images_per_pass}, expected at least 1")
         self.twin = float_twin(network).eval()
-        self.device = next(self.twin.parameters()).device
-        self.batches = batches
+        self.device = next(self.twin.parameters(), torch.zeros(0)).device
+        # What can be gone through once only is kept.
+        self.batches = list(batches) if isinstance(batches, Iterator) else batches
         self.images_per_pass = images_per_pass
         self.rounding = Rounding(tuple(sorted(set(widths))), scale, granularity)
-        self.images = [image_of(batch).to(self.device) for batch in batches]
+        self.images = [image_of(batch).to(self.device) for batch in self.batches]
         if not self.images:
             raise ValueError("no batch was given, expected at least one batch of training images and labels")
         for number, image in enumerate(self.images):
@@ -288,10 +314,15 @@ class _Run:
         """Passes without end, from one of them on, every so many."""
         number = 0
         while True:
+            begin = number
             for pair in self.one_round():
                 if number >= first and (number - first) % step == 0:
                     yield pair
                 number += 1
+            if number == begin:
+                raise ValueError(
+                    "the batches were there once, and none the second time: give a list or a loader"
+                )
 
     def table(
         self,
@@ -341,19 +372,24 @@ def label_of(batch: Any) -> Any:
 
 
 def _moved(label: Any, device: torch.device) -> Any:
-    if isinstance(label, Tensor):
-        label = label.as_tensor() if hasattr(label, "as_tensor") else label  # MONAI's MetaTensor
-        return label.to(device)
-    if isinstance(label, (list, tuple)):
-        return type(label)(_moved(entry, device) for entry in label)
-    return label
+    # MONAI's MetaTensor would take its metadata along through every operation.
+    return _each(label, lambda t: (t.as_tensor() if hasattr(t, "as_tensor") else t).to(device))
 
 
 def _cut(label: Any, start: int, end: int) -> Any:
     """Labels of some images of a batch; deep supervision has one for each scale."""
+    return _each(label, lambda tensor: tensor[start:end] if tensor.dim() else tensor)
+
+
+def _each(label: Any, change: Callable[[Any], Tensor]) -> Any:
+    """A label, tensors in lists and dictionaries of it changed."""
+    if isinstance(label, Tensor):
+        return change(label)
+    if isinstance(label, Mapping):
+        return {key: _each(entry, change) for key, entry in label.items()}
     if isinstance(label, (list, tuple)):
-        return type(label)(_cut(entry, start, end) for entry in label)
-    return label[start:end] if isinstance(label, Tensor) else label
+        return [_each(entry, change) for entry in label]
+    return label
 
 
 def _settled(sums: Mapping[str, _Running], tolerance: float) -> bool:
@@ -376,9 +412,9 @@ def _worst(sums: Mapping[str, _Running]) -> float:
     return worst
 
 
-def _seed(seed: int, sample: int) -> int:
-    """A seed for every sample, so that a continued run draws what an undisturbed one draws."""
-    return int.from_bytes(sha256(f"{seed}:{sample}".encode()).digest()[:7], "big")
+def _seed(seed: int, sample: int, probe: int) -> int:
+    """A seed for every probe, so that a continued run draws what an undisturbed one draws."""
+    return int.from_bytes(sha256(f"{seed}:{sample}:{probe}".encode()).digest()[:7], "big")
 
 
 def _digest(network: nn.Module) -> str:
@@ -395,12 +431,26 @@ def _processes() -> tuple[int, int]:
     return 0, 1
 
 
-def _gathered(mine: dict[str, float], world: int) -> list[dict[str, float]]:
+def _gathered(compute: Callable[[], _T]) -> list[_T]:
+    """What every process computes, in their order; a mistake that one of them finds is raised by all."""
+    _, world = _processes()
     if world == 1:
-        return [mine]
+        return [compute()]
+    try:
+        mine: tuple[_T | None, str] = compute(), ""
+    except ValueError as error:
+        mine = None, str(error)
     every: list[Any] = [None] * world
     distributed.all_gather_object(every, mine)
-    return every
+    for _, message in every:
+        if message:
+            raise ValueError(message)
+    return [found for found, _ in every]
+
+
+def _from_first(compute: Callable[[], _T]) -> _T:
+    """What the first process computes, known to all: no other sees its files where each has a disk of its own."""
+    return _gathered(compute if not _processes()[0] else lambda: cast(_T, None))[0]
 
 
 def _restore(state: str | Path | None, conditions: Mapping[str, Any]) -> tuple[dict[str, _Running], int]:
@@ -408,12 +458,12 @@ def _restore(state: str | Path | None, conditions: Mapping[str, Any]) -> tuple[d
         return {}, 0
     try:
         document = json.loads(Path(state).read_text(encoding="utf-8"))
-        known = {k: v for k, v in document["conditions"].items() if k != "tolerance"}
-        if known != {k: v for k, v in conditions.items() if k != "tolerance"}:
-            raise ValueError("it is of another network or other settings")
+        for key, value in conditions.items():
+            if document["conditions"][key] != value:
+                raise ValueError(f"its {key!r} is {document['conditions'][key]!r}, now it is {value!r}")
         return {name: _Running(*entry) for name, entry in document["sums"].items()}, int(document["done"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{state} cannot be continued: {error}; remove it to begin anew") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{state}: cannot be gone on with: {error}; remove it to begin anew") from None
 
 
 def _keep(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..layers import QuantizedLayer
 from ..plan import QuantPlan
 from ..surgery import dequantize, quantize, quantized_layers, set_quantizers
-from ..surgery.observe import evaluating
+from ..surgery.observe import evaluating, observe
 from ..training.calibration import calibrate, image_of
 from .table import tensor_name
 
@@ -49,10 +49,12 @@ def rounded_twin(network: nn.Module, bits: int, rounding: Rounding, images: Iter
     """A copy with every layer at one width, calibrated."""
     twin = float_twin(network)
     images = list(images)
+    example = image_of(images[0])[:1]
     plan = QuantPlan.uniform(
         twin, f"int{bits}", f"int{bits}", scale=rounding.scale, granularity=rounding.granularity
     )
-    quantize(twin, plan, image_of(images[0])[:1])
+    run = set(observe(twin, example).layers())  # heads of deep supervision often run in training only
+    quantize(twin, replace(plan, layers={name: plan[name] for name in plan if name in run}), example)
     return calibrate(twin, images)
 
 
@@ -102,7 +104,7 @@ def effective_weights(layer: QuantizedLayer) -> Iterator[tuple[str, Tensor, Tens
     finally:
         if norm is not None:
             norm.training = training
-    for part, weight in layer.pieces(layer.output_major(layer.weight)).items():
+    for part, weight in layer.weight_pieces().items():
         yield part, weight, rounded[part]
 
 
@@ -111,10 +113,10 @@ def _seeing_inputs(network: nn.Module, sums: dict[str, list[float]]) -> Iterator
     """Add up rounding error and power of every input that passes, by tensor."""
     hooks = []
 
-    def see(name: str, layer: QuantizedLayer, args: tuple[Any, ...]) -> None:
-        axis = args[0].dim() + 1 - layer.weight.dim()
+    def see(name: str, layer: QuantizedLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        tensor = args[0] if args else kwargs["input"]
         sizes = [part.channels for part in layer.parts]
-        pieces = args[0].split(sizes, axis) if sizes else (args[0],)
+        pieces = tensor.split(sizes, tensor.dim() + 1 - layer.weight.dim()) if sizes else (tensor,)
         for (part, quantizer), piece in zip(layer.input_quantizers.items(), pieces, strict=True):
             quantizer.enabled = True
             error = float((quantizer(piece) - piece).double().square().sum())
@@ -124,7 +126,11 @@ def _seeing_inputs(network: nn.Module, sums: dict[str, list[float]]) -> Iterator
             entry[1] += float(piece.double().square().sum())
 
     for name, layer in quantized_layers(network).items():
-        hooks.append(layer.register_forward_pre_hook(lambda m, args, name=name: see(name, m, args)))
+        hooks.append(
+            layer.register_forward_pre_hook(
+                lambda m, args, kwargs, name=name: see(name, m, args, kwargs), with_kwargs=True
+            )
+        )
     try:
         yield
     finally:

@@ -106,8 +106,8 @@ class Sensitivities(Mapping[str, Sensitivity]):
                     "part": entry.part,
                     "kind": entry.kind,
                     "count": entry.count,
-                    "trace": None if math.isnan(entry.trace) else entry.trace,
-                    "error": entry.error,
+                    "trace": entry.trace if math.isfinite(entry.trace) else None,
+                    "error": entry.error if math.isfinite(entry.error) else None,
                     "noise": {str(bits): value for bits, value in entry.noise.items()},
                     "omega": {str(bits): value for bits, value in entry.omega.items()},
                 }
@@ -136,6 +136,8 @@ class Sensitivities(Mapping[str, Sensitivity]):
                 where = f"{source}: '{name}'"
                 if entry["kind"] not in KINDS:
                     raise ValueError(f"'kind' is {entry['kind']!r}, expected one of {KINDS}")
+                if not isinstance(entry["layer"], str) or not isinstance(entry["part"], str):
+                    raise ValueError("'layer' and 'part' are no texts")
                 trace = math.nan if entry["trace"] is None else float(entry["trace"])
                 noise, omega = (
                     {int(bits): float(value) for bits, value in entry[key].items()}
@@ -143,12 +145,15 @@ class Sensitivities(Mapping[str, Sensitivity]):
                 )
                 entries[name] = Sensitivity(
                     entry["layer"], entry["part"], entry["kind"], int(entry["count"]), trace,
-                    float(entry["error"]), noise, omega,
+                    math.inf if entry["error"] is None else float(entry["error"]), noise, omega,
                 )  # fmt: skip
                 if entries[name].name != name:
                     raise ValueError(f"it is of {entries[name].name}")
-                if not all(math.isfinite(value) and value >= 0 for value in omega.values()):
-                    raise ValueError("'omega' holds a number that is negative or none")
+                for key, values in (("noise", noise), ("omega", omega)):
+                    if not all(math.isfinite(value) and value >= 0 for value in values.values()):
+                        raise ValueError(f"{key!r} holds a number that is negative, infinite or none")
+                if set(noise) != set(omega):
+                    raise ValueError(f"'noise' is of the widths {list(noise)}, 'omega' of {list(omega)}")
             where = source
             return cls(
                 entries,
@@ -158,7 +163,7 @@ class Sensitivities(Mapping[str, Sensitivity]):
                 tuple(int(size) for size in document["image"]),
                 dict(document["conditions"]),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(
                 f"{where}: {type(error).__name__} {error}: not what 'unetq sensitivity' wrote"
             ) from None
@@ -170,7 +175,7 @@ class Sensitivities(Mapping[str, Sensitivity]):
         path = Path(path)
         scratch = path.with_name(path.name + ".part")
         try:
-            scratch.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+            scratch.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
             scratch.replace(path)
         finally:
             scratch.unlink(missing_ok=True)
