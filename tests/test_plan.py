@@ -10,7 +10,7 @@ import sys
 import tempfile
 from dataclasses import FrozenInstanceError
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -38,7 +38,7 @@ def layer_plans(draw: st.DrawFn) -> LayerPlan:
     once = formats.map(lambda f: {WHOLE: f})
     each = st.fixed_dictionaries({name: formats for name in names})
     channels = st.none() | st.tuples(*(st.tuples(st.just(name), st.integers(1, 64)) for name in names))
-    bias = draw(st.sampled_from(("accumulator", "float")))
+    bias: Literal["accumulator", "float"] = draw(st.sampled_from(("accumulator", "float")))
     return LayerPlan(draw(once | each), draw(once | each), bias, draw(channels))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -119,20 +120,22 @@ class Derivatives:
         probes = _signs([tensor for _, tensor in flat], seed)
         sums = self._no_sums()
         curved = [(edge, v) for edge, v in zip(slopes, probes, strict=True) if edge is not None]
-        # What is inside the graph is summed up when it passes, and need not be kept for all layers at once. All of it
-        # lies on ways to leaves.
+        # A probe enters the graph where its turn comes, and what is inside the graph is summed up when it passes:
+        # neither is kept in float for all layers at once. All of the inside lies on ways to leaves.
         ends = [(target, v, t) for (target, t), v in zip(flat, probes, strict=True) if t.is_leaf]
         inner = [(target, v, t) for (target, t), v in zip(flat, probes, strict=True) if not t.is_leaf]
         hooks = [
             tensor.register_hook(lambda h, target=target, v=v: self._add(sums, target, v, h))
             for target, v, tensor in inner
         ]
+        hooks += [edge.node.register_prehook(partial(_entering, edge.output_nr, v)) for edge, v in curved]
+        nothing = [flat[0][1].new_zeros(()).expand(v.shape) for _, v in curved]
         try:
             found = (
                 torch.autograd.grad(
                     [edge for edge, _ in curved],
                     [tensor for _, _, tensor in ends],
-                    [v for _, v in curved],
+                    nothing,
                     retain_graph=keep_graph,
                     allow_unused=True,
                 )
@@ -378,13 +381,18 @@ def _affine(norm: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def _entering(number: int, probe: Tensor, slopes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What enters a node of the graph, with a probe added to one of its tensors."""
+    return (*slopes[:number], slopes[number] + probe, *slopes[number + 1 :])
+
+
 def _signs(like: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """+1 or -1 with equal chance for every value of every tensor; the same for the same seed and device."""
+    """+1 or -1 with equal chance for every value of every tensor, int8; the same for the same seed and device."""
     generator = torch.Generator(device=like[0].device).manual_seed(seed)
     signs = []
     for tensor in like:
         # Eight bytes a draw, and the last bit of each: the drawing itself is what takes time.
         drawn = torch.empty(tensor.numel() // 8 + 1, dtype=torch.int64, device=tensor.device)
-        bits = drawn.random_(generator=generator).view(torch.int8)[: tensor.numel()].bitwise_and_(1)
-        signs.append(torch.empty_like(tensor).copy_(bits.view(tensor.shape)).mul_(2).sub_(1))
+        bits = drawn.random_(generator=generator).view(torch.int8)[: tensor.numel()]
+        signs.append(bits.bitwise_and_(1).mul_(2).sub_(1).view(tensor.shape))
     return signs

@@ -552,7 +552,7 @@ def test_ways_to_join_and_to_go_on(joined: Callable[[Tensor, Tensor], Tensor], e
 
 
 def test_an_example_with_meta_data_is_an_image_like_any_other() -> None:
-    network = Decoder(lambda s, u: torch.cat([s.relu(), u.relu()], 1))
+    network: Any = Decoder(lambda s, u: torch.cat([s.relu(), u.relu()], 1))
     assert find_skips(network, MetaTensor(torch.zeros(1, 1, 16, 16))).splittable
     plan = QuantPlan.uniform(network, "int8", "Q6.0")
     quantize(network, plan, MetaTensor(torch.zeros(1, 1, 16, 16)))
