@@ -44,7 +44,7 @@ Run = Callable[[nn.Module, Tensor, Tensor, int], tuple[float, float]]
 
 def pyhessian(network: nn.Module, images: Tensor, labels: Tensor, probes: int) -> tuple[float, float]:
     """PyHessian as its documentation calls it, with the convolutions' weights alone requiring gradients."""
-    from pyhessian import hessian  # type: ignore[import-untyped]
+    from pyhessian import hessian
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of create_graph in its backward

@@ -142,7 +142,7 @@ def test_deep_supervision_labels_in_lists_and_dictionaries() -> None:
 
 def test_a_network_with_heads_for_training_only() -> None:
     network = uq.networks.FixedPointUNet(1, 1, width=2)
-    network.head = nn.Conv2d(8, 1, 1)  # type: ignore[assignment]
+    network.head = nn.Conv2d(8, 1, 1)
     image, label = batches(1, size=16)[0]
     found = hessian_traces(network, bce, [(image, label)], probes=4, **FAST)
     assert not any(name.startswith("head") for name in found)
