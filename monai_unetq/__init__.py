@@ -9,11 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import datasets, networks, training, transforms
+    from . import datasets, networks, sensitivity, training, transforms
     from .allocation import allocate
     from .deploy import inspect_packed, pack, unpack
     from .formats import QFormat
     from .plan import LayerPlan, QuantPlan
+    from .sensitivity import hessian_traces
     from .surgery import dequantize, find_skips, fold, observe, plan_of, quantize, split
     from .training import calibrate
 
@@ -30,12 +31,14 @@ __all__ = [
     "dequantize",
     "find_skips",
     "fold",
+    "hessian_traces",
     "inspect_packed",
     "networks",
     "observe",
     "pack",
     "plan_of",
     "quantize",
+    "sensitivity",
     "split",
     "training",
     "transforms",
@@ -51,6 +54,7 @@ _HOME = {
     "dequantize": "surgery",
     "find_skips": "surgery",
     "fold": "surgery",
+    "hessian_traces": "sensitivity",
     "inspect_packed": "deploy",
     "observe": "surgery",
     "pack": "deploy",
@@ -61,7 +65,7 @@ _HOME = {
 }
 """Public name → the module of ours that defines it."""
 
-_SUBMODULES = frozenset({"datasets", "networks", "training", "transforms"})
+_SUBMODULES = frozenset({"datasets", "networks", "sensitivity", "training", "transforms"})
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ from .cost import add_cost_command
 from .data import add_data_command
 from .inspect import add_inspect_command, aligned
 from .reproduce import add_reproduce_command
+from .sensitivity import add_sensitivity_command
 
 __all__ = ["main"]
 
@@ -50,6 +51,7 @@ examples:
   unetq inspect unetq-demo/model.unetq        what a packed model, a bundle or an nnU-Net holds
   unetq data em --source DIR --out DIR        prepare a downloaded data set for nnU-Net and MONAI
   unetq reproduce em --data DIR --out DIR     the 2019 paper's comparison on your data
+  unetq sensitivity MODEL --data DIR --out F  how much each tensor minds being rounded
 
 'unetq COMMAND --help' explains a command. UNETQ_DEBUG=1 shows the traceback of an error.
 """
@@ -144,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     add_data_command(commands, _command)
     add_bundle_command(commands, _command)
     add_reproduce_command(commands, _command)
+    add_sensitivity_command(commands, _command)
     return parser
 
 

@@ -7,7 +7,7 @@ perturbation added in front of the layer would give.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
@@ -128,7 +128,8 @@ class Derivatives:
             tensor.register_hook(lambda h, target=target, v=v: self._add(sums, target, v, h))
             for target, v, tensor in inner
         ]
-        hooks += [edge.node.register_prehook(partial(_entering, edge.output_nr, v)) for edge, v in curved]
+        for edge, v in curved:
+            hooks.append(edge.node.register_prehook(partial(_entering, edge.output_nr, v, flat[0][1].dtype)))
         nothing = [flat[0][1].new_zeros(()).expand(v.shape) for _, v in curved]
         try:
             found = (
@@ -307,7 +308,8 @@ class Derivatives:
         module: Any = self.modules[target.layer]
         sizes = [part.channels for part in getattr(module, "parts", ())]
         axis = self._axis(module, first, target.kind)
-        channels = (first * second.detach()).movedim(axis, 0).flatten(1).sum(1).double()
+        product = first.to(second.dtype) * second.detach()
+        channels = product.sum([d for d in range(product.dim()) if d != axis]).double()
         pieces = channels.split(sizes or [len(channels)])
         for (_, name), piece in zip(target.names(module), pieces, strict=True):
             sums[name] += float(piece.sum())
@@ -341,18 +343,12 @@ def _is_once_only(value: Tensor) -> bool:
 
     torch cuts the graph behind it, and finds a second derivative of 0 there without a word.
     """
-    waiting = [value.grad_fn]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
+    if value.grad_fn is None:
+        return False
+    for node in {value.grad_fn, *_reached([value.grad_fn])}:
         backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
         if getattr(backward, "__code__", None) is _ONCE:
             return True
-        following = {function for function, _ in node.next_functions} - seen
-        seen |= following
-        waiting += following
     return False
 
 
@@ -381,9 +377,25 @@ def _affine(norm: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _entering(number: int, probe: Tensor, slopes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _entering(
+    number: int, probe: Tensor, dtype: torch.dtype, slopes: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """What enters a node of the graph, with a probe added to one of its tensors."""
-    return (*slopes[:number], slopes[number] + probe, *slopes[number + 1 :])
+    return (*slopes[:number], probe.to(dtype).add_(slopes[number]), *slopes[number + 1 :])
+
+
+def _reached(nodes: Iterable[Node | None]) -> set[Node]:
+    """All nodes of the graph to which a way leads from some."""
+    seen: set[Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        following = {function for function, _ in node.next_functions if function is not None} - seen
+        seen |= following
+        waiting += following
+    return seen
 
 
 def _signs(like: Sequence[Tensor], seed: int) -> list[Tensor]:

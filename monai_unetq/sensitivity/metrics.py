@@ -27,7 +27,7 @@ __all__ = ["Score", "fisher", "hessian_traces", "score_drop", "sqnr"]
 LEAST_SAMPLES = 10
 """Of every trace, before its standard error is believed."""
 
-PROBES_PER_PASS = 5
+PROBES_PER_PASS = 8
 """At most: probes of one batch share its forward and first backward, a third of the time of a probe of its own."""
 
 _T = TypeVar("_T")
@@ -76,9 +76,9 @@ def hessian_traces(
 ) -> Sensitivities:
     """Average Hessian trace of every weight and every layer's input, and Ω for each width.
 
-    Ω = tr(H)/n · ‖Q(T) - T‖², as HAWQ-V2 defines it (Dong et al., NeurIPS 2020, equation 3; of inputs section 3.3).
+    Ω = tr(H)/n · ‖Q(T) - T‖², as HAWQ-V2 defines it (Dong et al., NeurIPS 2020, arXiv 1911.03852, equation 2.11).
     Traces are estimated by Hutchinson's method: the mean of vᵀHv over probes v of random signs, for all tensors in one
-    double backward. A sample is the mean of up to five probes on the next batch, so that its standard error knows what
+    double backward. A sample is the mean of up to eight probes on the next batch, so that its standard error knows what
     differs between batches, too. It ends when every standard error is below ``tolerance`` times the largest trace
     among weights, or among inputs, so that layers near zero cannot hold it up; not before ten samples.
 

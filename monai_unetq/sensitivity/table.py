@@ -34,8 +34,8 @@ class Sensitivity:
             SQNR; NaN where the metric is measured for each width apart.
         error: its standard error; 0 where there is none.
         noise: bits → ‖Q(T) - T‖², for one image where it is an input.
-        omega: bits → Ω, which allocation adds up: trace × noise (HAWQ-V2, Dong et al., NeurIPS 2020, equation 3), or
-            what was measured. Never negative: a trace below 0 counts as 0.
+        omega: bits → Ω, which allocation adds up: trace × noise (HAWQ-V2, Dong et al., arXiv 1911.03852, equation
+            2.11), or what was measured. Never negative: a trace below 0 counts as 0.
     """
 
     layer: str

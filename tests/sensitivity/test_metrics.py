@@ -75,7 +75,7 @@ def test_omega_is_trace_times_noise_and_never_negative() -> None:
 def test_it_stops_when_all_errors_are_small_beside_the_largest_trace() -> None:
     found = hessian_traces(level(), bce, batches(), tolerance=0.5, probes=4000, **FAST)
     assert found.conditions["settled"] is True
-    assert 50 <= found.conditions["probes"] < 4000
+    assert 80 <= found.conditions["probes"] < 4000
     for kind in ("weight", "input"):
         entries = [entry for entry in found.values() if entry.kind == kind]
         assert max(e.error for e in entries) <= 0.5 * max(abs(e.trace) for e in entries)
@@ -343,7 +343,7 @@ def test_the_sum_of_all_traces_is_pyhessians() -> None:
     for parameter in network.parameters():
         parameter.requires_grad_(id(parameter) in weights)
     theirs = torch.tensor(
-        peer.hessian(network, F.mse_loss, data=(image, image), cuda=False).trace(maxIter=80, tol=0)
+        peer.hessian(network, F.mse_loss, data=(image, image), cuda=False).trace(maxIter=80, tol=-math.inf)
     )
     error = math.sqrt(variance + float(theirs.var()) / len(theirs))
     assert abs(total - float(theirs.mean())) <= 4 * error

@@ -25,11 +25,11 @@ def test_units_by_hand() -> None:
     assert found.image == (1, 1, 8, 8)
     assert found.other_parameters == 2 + 2 + 2 + 1  # biases
     assert {unit.name: unit for unit in found.units} == {
-        "enter": Unit("enter", "input", 18, 64, 128, 18 * 64),
-        "down": Unit("down", "input", 16, 128, 32, 16 * 16),
-        "up": Unit("up", "input", 16, 32, 128, 16 * 16),
-        "read[skip]": Unit("read", "skip", 18, 128, 64, 18 * 64),
-        "read[up]": Unit("read", "up", 18, 128, 0, 18 * 64),
+        "enter": Unit("enter", "input", 18, 64, 128, 18 * 64, 1),
+        "down": Unit("down", "input", 16, 128, 32, 16 * 16, 2),
+        "up": Unit("up", "input", 16, 32, 128, 16 * 16, 2),
+        "read[skip]": Unit("read", "skip", 18, 128, 64, 18 * 64, 2),
+        "read[up]": Unit("read", "up", 18, 128, 0, 18 * 64, 2),
     }
 
 
@@ -55,7 +55,7 @@ def test_a_layer_called_twice_counts_its_weight_once() -> None:
             return out
 
     (unit,) = workload(Twice(), torch.zeros(2, 1, 4, 4)).units
-    assert unit == Unit("layer", "input", 9, 32, 32, 2 * 9 * 16)
+    assert unit == Unit("layer", "input", 9, 32, 32, 2 * 9 * 16, 1)
 
 
 def test_linear_layers_on_every_row() -> None:
