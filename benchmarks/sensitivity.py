@@ -246,13 +246,18 @@ def traces(found: Sensitivities) -> list[dict[str, Any]]:
     return rows
 
 
-def ratios(rows: Sequence[dict[str, Any]], key: str) -> list[tuple[str, float]]:
-    """Layer → its skip half over its up half, for every split layer."""
-    split: dict[str, dict[str, float]] = {}
+def ratios(rows: Sequence[dict[str, Any]], key: str) -> list[tuple[str, float | None]]:
+    """Layer → its skip half over its up half, for every split layer; None where one is within two standard errors of 0."""
+    split: dict[str, dict[str, float | None]] = {}
     for row in rows:
         if row["part"] in ("skip", "up"):
-            split.setdefault(row["layer"], {})[row["part"]] = row[key]
-    return [(layer, both["skip"] / both["up"]) for layer, both in split.items() if len(both) == 2]
+            error = row.get(key.replace("trace", "error"), 0.0) if key.endswith("trace") else 0.0
+            split.setdefault(row["layer"], {})[row["part"]] = row[key] if abs(row[key]) > 2 * error else None
+    found: list[tuple[str, float | None]] = []
+    for layer, both in split.items():
+        skip, up = both.get("skip"), both.get("up")
+        found.append((layer, None if skip is None or up is None else skip / up))
+    return found
 
 
 def markdown(documents: dict[str, dict[str, Any]]) -> str:
@@ -272,7 +277,8 @@ def markdown(documents: dict[str, dict[str, Any]]) -> str:
         lines += ["", "| skip over up | inputs | weights | MACs |", "|---|---:|---:|---:|"]
         columns = [ratios(rows, key) for key in ("input_trace", "weight_trace", "macs")]
         for (layer, image), (_, weight), (_, macs) in zip(*columns, strict=True):
-            lines.append(f"| {layer} | {image:.2f} | {weight:.2f} | {macs:.2f} |")
+            cells = ("–" if ratio is None else f"{ratio:.2f}" for ratio in (image, weight, macs))
+            lines.append(f"| {layer} | {' | '.join(cells)} |")
         lines += ["", *_results(document)]
     return "\n".join([*lines, END])
 
