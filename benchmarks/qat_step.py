@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import monai_unetq as uq
 from monai_unetq.datasets import membrane_phantom
-from monai_unetq.training.calibration import reestimate_norms
+from monai_unetq.training import reestimate_norms
 from monai_unetq.training.losses import bce_dice_loss
 
 EXAMPLES = """\

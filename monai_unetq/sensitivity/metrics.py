@@ -15,9 +15,9 @@ from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 from ..surgery import quantized_layers, set_quantizers
+from ..surgery.calibrate import image_of
 from ..surgery.observe import evaluating
 from ..surgery.workload import Workload, workload
-from ..training.calibration import image_of
 from .derivatives import Derivatives, Loss, targets
 from .noise import Rounding, float_twin, rounded_twin, rounding_noise
 from .table import KINDS, Metric, Sensitivities, Sensitivity, tensor_name

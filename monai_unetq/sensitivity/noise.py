@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..layers import QuantizedLayer
 from ..plan import QuantPlan
 from ..surgery import dequantize, quantize, quantized_layers, set_quantizers
+from ..surgery.calibrate import calibrate, image_of
 from ..surgery.observe import evaluating, observe
-from ..training.calibration import calibrate, image_of
 from .table import tensor_name
 
 __all__ = ["Rounding", "float_twin", "rounded_twin", "rounding_noise"]

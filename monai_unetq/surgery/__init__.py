@@ -1,5 +1,6 @@
-"""Network in, network out: observe, find skips, split, quantize, dequantize, fold."""
+"""Network in, network out: observe, find skips, split, quantize, calibrate, dequantize, fold."""
 
+from .calibrate import calibrate
 from .fold import fold
 from .observe import Trace, observe
 from .quantize import dequantize, plan_of, plan_of_state, quantize, quantized_layers, set_quantizers
@@ -10,6 +11,7 @@ __all__ = [
     "SkipConvolution",
     "Skips",
     "Trace",
+    "calibrate",
     "dequantize",
     "find_skips",
     "fold",

@@ -1,6 +1,6 @@
-"""Losses, schedules, calibration, handlers, the training loop for float and quantized networks, and prediction."""
+"""Losses, schedules, calibration, batch norm statistics, handlers, the training loop for float and quantized networks, and prediction."""
 
-from .calibration import calibrate, freeze_norms, reestimate_norms
+from ..surgery import calibrate
 from .handlers import (
     BestModel,
     Calibration,
@@ -13,6 +13,7 @@ from .handlers import (
     TernaryAnnealing,
 )
 from .losses import bce_dice_loss, soft_dice_loss
+from .norms import freeze_norms, reestimate_norms
 from .predict import WholeSliceInferer, predict, predict_logits
 from .schedules import cosine, restart, step_decay
 from .train import History, Schedule, train, validation_score

@@ -31,10 +31,10 @@ from torch.utils.data import RandomSampler
 from tqdm import tqdm
 
 from ..datasets import Case
-from .calibration import freeze_norms
 from .handlers import EpochSeed, IncrementalFreezing, TernaryAnnealing
 from .handlers.checkpoint import save_checkpoint
 from .losses import bce_dice_loss
+from .norms import freeze_norms
 from .predict import predict
 
 __all__ = ["History", "Schedule", "train", "validation_score"]

@@ -16,8 +16,8 @@ from torch import nn
 from ...layers import QUANTIZED_LAYERS, QuantizedLayer
 from ...parts import WHOLE
 from ...quantizers import Quantizer, RangeMethod
-from ...surgery import plan_of, quantized_layers, set_quantizers
-from ..calibration import calibrate, freeze_norms, reestimate_norms
+from ...surgery import calibrate, plan_of, quantized_layers, set_quantizers
+from ..norms import freeze_norms, reestimate_norms
 from .processes import broadcast_state, rank, unwrapped
 from .seeding import isolated_randomness
 

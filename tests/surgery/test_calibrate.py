@@ -1,67 +1,20 @@
-"""Calibration and batch norm statistics: what batches may be, what is refused, and what comes out."""
+"""Calibration: what batches may be, what is refused, and what comes out."""
 
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from monai.data import MetaTensor
-from torch import Tensor, nn
+from torch import Tensor
 
-from monai_unetq.layers import PairedNorm
-from monai_unetq.networks import FixedPointUNet
-from monai_unetq.plan import QuantPlan
 from monai_unetq.quantizers import weight_scale
-from monai_unetq.surgery import dequantize, quantize
+from monai_unetq.surgery import calibrate, dequantize
+from monai_unetq.surgery.calibrate import image_of
 from monai_unetq.surgery.quantize import quantized_layers
-from monai_unetq.training import calibrate, freeze_norms, reestimate_norms
-from monai_unetq.training.calibration import image_of
-
-IMAGES = nn.functional.avg_pool2d(
-    torch.rand(6, 1, 20, 20, generator=torch.Generator().manual_seed(0)), 5, 1
-).unflatten(0, (3, 2))
-IMAGES = (IMAGES - IMAGES.min()) / (IMAGES.max() - IMAGES.min())  # three batches, smooth, in [0, 1]
-
-
-@cache
-def _trained() -> nn.Module:
-    torch.manual_seed(0)
-    network = FixedPointUNet(1, 1, width=4)
-    image = IMAGES.flatten(0, 1)
-    optimizer, label = torch.optim.Adam(network.parameters(), 1e-2), (image.mean() < image).float()
-    for _ in range(60):
-        loss = nn.functional.binary_cross_entropy_with_logits(network(image), label)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return network.eval()
-
-
-def unet() -> nn.Module:
-    """A small network that has learned to threshold the image."""
-    return copy.deepcopy(_trained())
-
-
-def quantized(**formats: Any) -> nn.Module:
-    network = unet()
-    return quantize(network, QuantPlan.uniform(network, **formats))
-
-
-@torch.no_grad()
-def run(network: nn.Module) -> Tensor:
-    out: Tensor = network(IMAGES[0])
-    return out
-
-
-def state(network: nn.Module) -> dict[str, Tensor]:
-    return copy.deepcopy(network.state_dict())
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+from tests.surgery.learned import IMAGES, quantized, run, same, state, unet
 
 
 @pytest.mark.parametrize(
@@ -219,68 +172,3 @@ def test_calibration_keeps_every_modules_mode() -> None:
 def test_calibration_is_deterministic() -> None:
     a, b = (calibrate(quantized(weights="int4", activations="int6"), IMAGES) for _ in range(2))
     assert same(state(a), state(b))
-
-
-def test_reestimated_statistics_are_the_plain_average() -> None:
-    network = unet().train()
-    network.get_submodule("last").eval()
-    modes = {name: module.training for name, module in network.named_modules()}
-    norms = {n: m for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
-    momenta = {name: norm.momentum for name, norm in norms.items()}
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in norms}
-    for name, norm in norms.items():
-        norm.register_forward_pre_hook(
-            lambda _, args, name=name: seen[name].append(
-                (args[0].mean(dim=(0, 2, 3)), args[0].var(dim=(0, 2, 3), unbiased=True))
-            )
-        )
-    weights = {name: p.detach().clone() for name, p in network.named_parameters()}
-    assert reestimate_norms(network, IMAGES) is network
-    for name, norm in norms.items():
-        assert len(seen[name]) == 3
-        means, variances = (torch.stack(list(values)).mean(dim=0) for values in zip(*seen[name], strict=True))
-        torch.testing.assert_close(norm.running_mean, means, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(norm.running_var, variances, rtol=1e-4, atol=1e-6)
-    assert {name: module.training for name, module in network.named_modules()} == modes
-    assert {name: norm.momentum for name, norm in norms.items()} == momenta
-    assert all(torch.equal(p, weights[name]) for name, p in network.named_parameters())
-
-
-def test_reestimating_a_quantized_network_fits_it_to_its_own_rounding() -> None:
-    network = calibrate(quantized(weights="int2", activations="int4"), IMAGES)
-    expected = run(unet())
-    before = (run(network) - expected).square().mean()
-    reestimate_norms(network, IMAGES.flatten(0, 1).unsqueeze(0))
-    assert (run(network) - expected).square().mean() < before
-
-
-def test_reestimating_fails_cleanly() -> None:
-    network = unet()
-    before = state(network)
-    with pytest.raises(ValueError, match="no batch was given"):
-        reestimate_norms(network, [])
-    assert same(state(network), before)
-    with pytest.raises(ValueError, match="not divisible"):
-        reestimate_norms(network, [torch.zeros(1, 1, 9, 9)])
-    assert not any(module.training for module in network.modules())
-    assert {m.momentum for m in network.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
-
-
-def test_paired_norms_freeze_in_the_last_share_of_the_quantized_epochs() -> None:
-    network = quantized(weights="int4", activations="int6")
-    norms = [m for m in network.modules() if isinstance(m, PairedNorm)]
-
-    def frozen(*arguments: Any) -> list[bool]:
-        return [
-            freeze_norms(network, epoch, *arguments) is network and all(norm.frozen for norm in norms)
-            for epoch in range(1, 7)
-        ]
-
-    assert frozen(6, 0.5) == [False, False, False, True, True, True]
-    assert frozen(6, 0.7) == [False, False, False, False, True, True]  # after 4.2 epochs
-    assert frozen(6, 0.5, 2) == [False, False, False, False, True, True]
-    assert frozen(6, 1.0) == [False] * 6
-    assert not any(
-        module.training for module in freeze_norms(network, 6, 6, 0.0).train().modules() if module in norms
-    )
-    freeze_norms(unet(), 6, 6, 0.0)  # a float network has no pair
