@@ -80,7 +80,8 @@ def assert_agree(found: list[Tensor], wanted: list[Tensor]) -> None:
 
 def assert_split(network: nn.Module, skips: Skips) -> None:
     """Exactly the layers that were found are split, each into the parts that were found."""
-    found = {n: m.parts for n, m in network.named_modules() if getattr(m, "parts", ())}
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, (SplitLayer, QuantizedLayer))}
+    found = {name: layer.parts for name, layer in layers.items() if layer.parts}
     assert found == {entry.layer: entry.parts for entry in skips.splittable}
 
 
