@@ -221,11 +221,11 @@ def storages(path: Path) -> list[int]:
 
 def bytes_of_quantizers(layer: QuantizedLayer) -> list[int]:
     """Hand-counted: a weight scale for each output channel and an input scale, 4 bytes each; five codes, 4 bytes
-    each, beside every scale; the parts' channels, 4 bytes each, for weight and input.
+    each, beside every scale; kind, number and channels of each part, 4 bytes each, for weight and input.
     """
     parts = len(layer.parts) or 1
-    channels = [4 * len(layer.parts)] * 2 if layer.parts else []
-    return [*[4 * layer.out_channels, 4, 5 * 4, 5 * 4] * parts, *channels]
+    order = [3 * 4 * len(layer.parts)] * 2 if layer.parts else []
+    return [*[4 * layer.out_channels, 4, 5 * 4, 5 * 4] * parts, *order]
 
 
 @pytest.mark.parametrize("name", NNUNET)
