@@ -15,7 +15,17 @@ if TYPE_CHECKING:
     from .formats import QFormat
     from .plan import LayerPlan, QuantPlan
     from .sensitivity import hessian_traces
-    from .surgery import dequantize, find_skips, fold, observe, plan_of, quantize, split
+    from .surgery import (
+        attach_supervision,
+        dequantize,
+        find_skips,
+        fold,
+        observe,
+        plan_of,
+        quantize,
+        split,
+        strip,
+    )
     from .training import calibrate
 
 __version__ = "0.2.0"
@@ -26,6 +36,7 @@ __all__ = [
     "QuantPlan",
     "__version__",
     "allocate",
+    "attach_supervision",
     "calibrate",
     "datasets",
     "dequantize",
@@ -40,6 +51,7 @@ __all__ = [
     "quantize",
     "sensitivity",
     "split",
+    "strip",
     "training",
     "transforms",
     "unpack",
@@ -50,6 +62,7 @@ _HOME = {
     "QFormat": "formats",
     "QuantPlan": "plan",
     "allocate": "allocation",
+    "attach_supervision": "surgery",
     "calibrate": "training",
     "dequantize": "surgery",
     "find_skips": "surgery",
@@ -61,6 +74,7 @@ _HOME = {
     "plan_of": "surgery",
     "quantize": "surgery",
     "split": "surgery",
+    "strip": "surgery",
     "unpack": "deploy",
 }
 """Public name → the module of ours that defines it."""

@@ -40,6 +40,7 @@ from ..quantizers import Quantizer
 from ..surgery import find_skips, plan_of
 from ..surgery.fold import FoldedNorm, fold_pairs, take_norm_out
 from ..surgery.quantize import quantized_layers
+from ..surgery.supervise import refuse_supervised
 from .coding import TernaryCoding, check_coding, decode, encode, is_ternary
 
 __all__ = ["inspect_packed", "pack", "unpack"]
@@ -76,12 +77,13 @@ def pack(
         the path.
 
     Raises:
-        ValueError: if the network is not quantized, its state holds NaN or infinity, there is no such coding, or it
-            fails on the example given.
+        ValueError: if the network is not quantized, its state holds NaN or infinity, there is no such coding, it
+            fails on the example given, or has supervision heads.
         OSError: if the file cannot be written; what was there before is kept.
     """
     path = Path(path)
     check_coding(ternary)
+    refuse_supervised(network, "pack")
     plan = plan_of(network)
     for key, value in network.state_dict().items():
         if not torch.isfinite(value).all():

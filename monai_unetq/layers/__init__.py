@@ -1,4 +1,4 @@
-"""Quantized convolutions and linear layers, split convolutions, and the convolution + batch norm pair."""
+"""Quantized convolutions and linear layers, split convolutions, the convolution + batch norm pair, supervision heads."""
 
 from .norm_pair import PAIRED_NORMS, PairedNorm
 from .quantized import (
@@ -10,6 +10,7 @@ from .quantized import (
     quantize_layer,
 )
 from .split import SPLIT_LAYERS, SplitLayer, split_layer
+from .supervision import SupervisionHead
 
 __all__ = [
     "PAIRED_NORMS",
@@ -18,6 +19,7 @@ __all__ = [
     "PairedNorm",
     "QuantizedLayer",
     "SplitLayer",
+    "SupervisionHead",
     "dequantize_layer",
     "folded_log2_scale",
     "is_quantizable",

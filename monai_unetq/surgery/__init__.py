@@ -1,4 +1,4 @@
-"""Network in, network out: observe, find skips, split, quantize, calibrate, dequantize, fold."""
+"""Network in, network out: observe, find skips, split, quantize, calibrate, dequantize, fold, supervise skips."""
 
 from .calibrate import calibrate
 from .fold import fold
@@ -6,15 +6,19 @@ from .observe import Trace, observe
 from .quantize import dequantize, plan_of, plan_of_state, quantize, quantized_layers, set_quantizers
 from .skips import SkipConvolution, Skips, find_skips
 from .split import split
+from .supervise import SupervisedOutput, attach_supervision, inference_state, strip
 
 __all__ = [
     "SkipConvolution",
     "Skips",
+    "SupervisedOutput",
     "Trace",
+    "attach_supervision",
     "calibrate",
     "dequantize",
     "find_skips",
     "fold",
+    "inference_state",
     "observe",
     "plan_of",
     "plan_of_state",
@@ -22,4 +26,5 @@ __all__ = [
     "quantized_layers",
     "set_quantizers",
     "split",
+    "strip",
 ]

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import PAIRED_NORMS, PairedNorm, QuantizedLayer, folded_log2_scale, is_quantizable
 from .observe import example_for, observe, shares_weight
+from .supervise import refuse_supervised
 
 __all__ = ["FoldedNorm", "fold", "fold_pairs", "take_norm_out"]
 
@@ -38,8 +39,9 @@ def fold(network: nn.Module, example: Tensor | None = None) -> nn.Module:
 
     Raises:
         ValueError: if a quantized activation is still being observed (calibration did not end), or the network
-            fails on the example; nothing is folded then.
+            fails on the example or has supervision heads; nothing is folded then.
     """
+    refuse_supervised(network, "fold")
     floats = {}
     if any(type(module) in PAIRED_NORMS for module in network.modules()):
         floats = observe(network, example_for(network) if example is None else example).paired_norms()

@@ -25,6 +25,7 @@ from ..parts import WHOLE, Part, decode, state_key
 from ..plan import LayerPlan, QuantPlan
 from ..quantizers import Quantizer
 from .observe import NORMS, Trace, example_for, observe, shares_weight
+from .supervise import refuse_supervised
 
 __all__ = [
     "dequantize",
@@ -63,9 +64,10 @@ def quantize(network: nn.Module, plan: QuantPlan, example: Tensor | None = None)
 
     Raises:
         ValueError: if the plan names a layer that is missing, of another class, quantized already, or did not
-            run on the example, an input's format is for weights, or a weight or a batch norm's statistic holds NaN;
-            nothing is changed then.
+            run on the example, an input's format is for weights, a weight or a batch norm's statistic holds NaN, or
+            the network has supervision heads; nothing is changed then.
     """
+    refuse_supervised(network, "quantize")
     modules = dict(network.named_modules(remove_duplicate=False))
     for name in plan:
         if name not in modules:
@@ -213,7 +215,11 @@ def dequantize(network: nn.Module) -> nn.Module:
 
     Returns:
         the network.
+
+    Raises:
+        ValueError: if the network has supervision heads.
     """
+    refuse_supervised(network, "dequantize")
     for module in network.modules():
         if isinstance(module, QuantizedLayer):
             dequantize_layer(module)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..layers import QuantizedLayer, SplitLayer, split_layer
 from .skips import find_skips
+from .supervise import refuse_supervised
 
 __all__ = ["split"]
 
@@ -32,8 +33,9 @@ def split(network: nn.Module, example: Tensor | None = None) -> nn.Module:
 
     Raises:
         ValueError: if a layer that is to be split is quantized already, or is split into other parts, or the network
-            fails on the example; nothing is changed then.
+            fails on the example or has supervision heads; nothing is changed then.
     """
+    refuse_supervised(network, "split")
     modules = dict(network.named_modules())
     found = find_skips(network, example)
     for entry in found.splittable:

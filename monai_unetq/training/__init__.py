@@ -10,12 +10,15 @@ from .handlers import (
     Pack,
     PlanLog,
     QuantizationStats,
+    SupervisionDecay,
     TernaryAnnealing,
 )
 from .losses import bce_dice_loss, soft_dice_loss
 from .norms import freeze_norms, reestimate_norms
+from .parameters import parameter_groups
 from .predict import WholeSliceInferer, predict, predict_logits
 from .schedules import cosine, restart, step_decay
+from .supervision import SkipSupervisionLoss
 from .train import History, Schedule, train, validation_score
 
 __all__ = [
@@ -29,12 +32,15 @@ __all__ = [
     "PlanLog",
     "QuantizationStats",
     "Schedule",
+    "SkipSupervisionLoss",
+    "SupervisionDecay",
     "TernaryAnnealing",
     "WholeSliceInferer",
     "bce_dice_loss",
     "calibrate",
     "cosine",
     "freeze_norms",
+    "parameter_groups",
     "predict",
     "predict_logits",
     "reestimate_norms",

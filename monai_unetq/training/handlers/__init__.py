@@ -5,6 +5,7 @@ from .checkpoint import Checkpoint
 from .hardening import IncrementalFreezing, TernaryAnnealing
 from .quantization import Calibration, CalibrationEvents, PlanLog, QuantizationStats
 from .seeding import EpochSeed
+from .supervision import SupervisionDecay
 
 __all__ = [
     "BestModel",
@@ -16,5 +17,6 @@ __all__ = [
     "Pack",
     "PlanLog",
     "QuantizationStats",
+    "SupervisionDecay",
     "TernaryAnnealing",
 ]

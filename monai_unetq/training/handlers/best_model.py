@@ -14,7 +14,7 @@ from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
 from ...deploy import pack
-from ...surgery import plan_of, quantized_layers, set_quantizers
+from ...surgery import inference_state, plan_of, quantized_layers, set_quantizers, strip
 from .processes import rank, unwrapped
 from .quantization import is_rounding
 
@@ -27,7 +27,8 @@ class BestModel:
     The score is the evaluator's key metric, compared with its ``metric_cmp_fn`` (greater is better by default).
     Validations of a quantized network count only while its quantizers are on, so the best is the best
     *quantized* model, however good the float phase was. Every improvement is written by process 0, atomically,
-    as the state dict of the network without any wrapper; it loads with ``weights_only=True``.
+    as the state dict of the network without any wrapper and without supervision heads; it loads with
+    ``weights_only=True``.
 
     Attach it to the evaluator that a ``ValidationHandler`` runs. To resume, put it into the ``save_dict`` of a
     ``CheckpointSaver`` and the ``load_dict`` of a ``CheckpointLoader``. Its state holds the best weights, so a
@@ -72,7 +73,7 @@ class BestModel:
             engine.logger.warning(f"epoch {epoch}: {name} is {score}, which is not compared")
         elif self.score is None or engine.metric_cmp_fn(score, self.score):
             self.score, self.epoch = score, epoch
-            self.weights = {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
+            self.weights = {k: v.detach().cpu().clone() for k, v in inference_state(network).items()}
             self._write()
             engine.logger.info(f"best: {name} {score:.4f} in epoch {epoch}, {self.output_dir / 'model.pt'}")
 
@@ -141,7 +142,7 @@ class Pack:
             return
         if not quantized_layers(network):
             return
-        best = copy.deepcopy(network).cpu()
+        best = strip(copy.deepcopy(network)).cpu()
         best.load_state_dict(self.best.weights)
         path = pack(set_quantizers(best, True).eval(), self.best.output_dir / "model.unetq")
         plan_of(best).save(self.best.output_dir / "plan.json")

@@ -1,0 +1,246 @@
+"""``attach_supervision`` and ``strip``: heads on the skip connections for the time of training, and off again.
+
+The heads read what the decoder reads: the quantized skip feature, tapped by hooks where the layer behind the
+concatenation has rounded it. In training mode the network then returns ``SupervisedOutput``; in evaluation it runs as
+if there were no heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import QuantizedLayer, SupervisionHead
+from ..parts import kind_of
+from .observe import example_for
+from .skips import SkipConvolution, find_skips
+
+__all__ = [
+    "SkipSupervision",
+    "SupervisedOutput",
+    "attach_supervision",
+    "inference_state",
+    "refuse_supervised",
+    "strip",
+]
+
+NAME = "skip_supervision"
+"""What the network calls the heads: its attribute, and the beginning of their keys in the state dict."""
+
+
+class SupervisedOutput(NamedTuple):
+    """What a supervised network returns in training.
+
+    Attributes:
+        prediction: what it returned before: a tensor, or deep supervision's list.
+        skips: logits of the heads, (N, num_classes, spatial…) at each skip's resolution, in the order of the heads.
+    """
+
+    prediction: Any
+    skips: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Where one head reads.
+
+    Attributes:
+        layer: the layer behind the concatenation.
+        part: its part, ``skip``, ``skip.1``, ….
+        source: the layer that made the skip.
+        start: first channel of the part in the concatenation.
+        channels: how many.
+        resolution: spatial shape of the feature for the example.
+    """
+
+    layer: str
+    part: str
+    source: str
+    start: int
+    channels: int
+    resolution: tuple[int, ...]
+
+
+class SkipSupervision(nn.Module):
+    """The heads of one network, what they read, and what was read in the pass that is running.
+
+    Args:
+        readings: one for each head.
+        num_classes: channels of the logits.
+        kernel_size: of the heads' convolutions.
+        device: of the heads.
+    """
+
+    def __init__(
+        self, readings: Sequence[Reading], num_classes: int, kernel_size: int, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.readings = tuple(readings)
+        self.num_classes = num_classes
+        self.heads = nn.ModuleList(
+            SupervisionHead(r.channels, num_classes, len(r.resolution), kernel_size, device) for r in readings
+        )
+        self._features: dict[int, Tensor] | None = None  # while a pass in training runs
+
+    def begin(self, network: nn.Module, args: Any) -> None:
+        """Hook in front of the network: features are wanted in training only."""
+        self._features = {} if network.training else None
+
+    def end(self, network: nn.Module, args: Any, output: Any) -> SupervisedOutput | None:
+        """Hook behind the network: the heads' logits beside its output.
+
+        Raises:
+            RuntimeError: if a skip was not read, or read under reentrant checkpointing.
+        """
+        features, self._features = self._features, None
+        if features is None:
+            return None
+        missing = [r for number, r in enumerate(self.readings) if number not in features]
+        if missing:
+            raise RuntimeError(
+                f"'{missing[0].layer}' did not read '{missing[0].part}' in this pass, so its skip cannot be supervised; "
+                "strip the network and attach the heads to it as it is now"
+            )
+        if torch.is_grad_enabled() and not any(f.requires_grad for f in features.values()):
+            raise RuntimeError(
+                "no gradient reaches the skip connections; checkpointed networks need "
+                "torch.utils.checkpoint(…, use_reentrant=False), frozen ones no supervision"
+            )
+        logits = tuple(head(features[number]) for number, head in enumerate(self.heads))
+        return SupervisedOutput(output, logits)
+
+    def take(self, number: int, feature: Tensor) -> None:
+        """Keep a head's feature, the first one of a pass; nothing outside of a pass (when it is computed once more)."""
+        if self._features is not None and number not in self._features:
+            self._features[number] = feature
+
+
+class _Tap:
+    """Hook that hands over the channels of a concatenation: of a quantizer's result, or of a float layer's input."""
+
+    def __init__(self, supervision: SkipSupervision, numbers: Sequence[int]) -> None:
+        self.supervision = supervision
+        self.numbers = tuple(numbers)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor | None = None) -> None:
+        tensor = args[0] if output is None else output
+        for number in self.numbers:
+            reading = self.supervision.readings[number]
+            self.supervision.take(number, tensor.narrow(1, reading.start, reading.channels))
+
+
+def attach_supervision(
+    network: nn.Module, example: Tensor | None = None, num_classes: int = 1, kernel_size: int = 3
+) -> nn.Module:
+    """Put a head, a convolution, on each skip connection of a network, in place, for the time of training.
+
+    Which tensors are skips is observed (``find_skips``), so it works on any network whose decoder concatenates. A skip
+    that several layers read gets one head; the image itself is no skip to learn from. In training mode the network
+    returns ``SupervisedOutput(prediction, skips)``, which ``training.SkipSupervisionLoss`` takes; in evaluation it
+    returns what it always did. The heads are parameters of the network (``skip_supervision.…``).
+
+    Args:
+        network: quantized, or float: the features are what its decoder's layers see, rounded where these round.
+        example: an input that it accepts; found out from its first convolution by default.
+        num_classes: channels of each head: 1 for two classes, otherwise what the segmentation has.
+        kernel_size: of the heads, odd.
+
+    Returns:
+        the network.
+
+    Raises:
+        ValueError: if it has heads already, there is no skip to supervise, it is an ``nn.Sequential``, an argument is
+            out of its range, or it fails on the example; nothing is changed then.
+
+    Example:
+        >>> attach_supervision(quantize(split(network), plan), num_classes=1)
+        >>> loss = SkipSupervisionLoss(soft_dice_loss())
+        >>> loss(network.train()(image), label).backward()
+        >>> strip(network)
+    """
+    refuse_supervised(network, "attach_supervision")
+    if num_classes < 1:
+        raise ValueError(f"attach_supervision: num_classes is {num_classes}, expected at least 1")
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"attach_supervision: kernel_size is {kernel_size}, expected an odd number")
+    if isinstance(network, (nn.Sequential, nn.ModuleList)):
+        raise ValueError(
+            f"attach_supervision: a {type(network).__name__} runs every module that it holds, so it would run the "
+            "heads; put it into a module of its own"
+        )
+    example = example_for(network) if example is None else example
+    readings = _readings(find_skips(network, example))
+    if not readings:
+        raise ValueError(
+            f"{type(network).__name__} has no concatenation of a skip and an upsampled path, so there is nothing to "
+            "supervise; find_skips(network) says what there is"
+        )
+    supervision = SkipSupervision(readings, num_classes, kernel_size, example.device)
+    modules = dict(network.named_modules())
+    for layer in dict.fromkeys(reading.layer for reading in readings):
+        tap = _Tap(supervision, [n for n, reading in enumerate(readings) if reading.layer == layer])
+        module = modules[layer]
+        if isinstance(module, QuantizedLayer):
+            place = module.input_parts if module.parts else module.input_quantizer
+            place.register_forward_hook(tap)
+        else:
+            module.register_forward_pre_hook(tap)
+    network.add_module(NAME, supervision)
+    network.register_forward_pre_hook(supervision.begin)
+    network.register_forward_hook(supervision.end)
+    supervision.train(network.training)
+    return network
+
+
+def _readings(found: Sequence[SkipConvolution]) -> list[Reading]:
+    """What heads read: the first reader of each skip."""
+    readings: dict[tuple[str, int, tuple[int, ...]], Reading] = {}
+    for entry in found:
+        start = 0
+        for part in entry.parts:
+            key = (part.source, part.channels, entry.resolution)
+            if not entry.reason and kind_of(part.name) == "skip" and part.source and key not in readings:
+                readings[key] = Reading(
+                    entry.layer, part.name, part.source, start, part.channels, entry.resolution
+                )
+            start += part.channels
+    return list(readings.values())
+
+
+def strip(network: nn.Module) -> nn.Module:
+    """Take the heads off again, in place: no module, no hook and no key of them is left.
+
+    Returns:
+        the network, which may have had none.
+    """
+    supervision = _supervision(network)
+    if supervision is None:
+        return network
+    for module in network.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                owner = hook.supervision if isinstance(hook, _Tap) else getattr(hook, "__self__", None)
+                if owner is supervision:
+                    del hooks[key]
+    delattr(network, NAME)
+    return network
+
+
+def inference_state(network: nn.Module) -> dict[str, Tensor]:
+    """The network's state dict without the heads: that of the stripped network."""
+    return {key: value for key, value in network.state_dict().items() if not key.startswith(f"{NAME}.")}
+
+
+def refuse_supervised(network: nn.Module, verb: str) -> None:
+    """Raise a ValueError if the network has heads: what is done to its layers would leave them without a feature."""
+    if _supervision(network) is not None:
+        raise ValueError(f"{verb}: the network has supervision heads; call strip(network) first")
+
+
+def _supervision(network: nn.Module) -> SkipSupervision | None:
+    found = getattr(network, NAME, None)
+    return cast(SkipSupervision, found) if isinstance(found, SkipSupervision) else None
