@@ -22,7 +22,7 @@ from .derivatives import Derivatives, Loss, targets
 from .noise import Rounding, float_twin, rounded_twin, rounding_noise
 from .table import KINDS, Metric, Sensitivities, Sensitivity, tensor_name
 
-__all__ = ["Score", "fisher", "hessian_traces", "score_drop", "sqnr"]
+__all__ = ["Score", "fisher", "from_first", "hessian_traces", "network_digest", "score_drop", "sqnr"]
 
 LEAST_SAMPLES = 10
 """Of every trace, before its standard error is believed."""
@@ -126,10 +126,10 @@ def hessian_traces(
     together = max(1, min(PROBES_PER_PASS, probes // LEAST_SAMPLES))
     conditions = {
         "seed": seed, "images_per_pass": images_per_pass, "probes_per_pass": together, "without": list(without),
-        "images": sum(len(image) for image in run.images), "network": _digest(run.twin),
+        "images": sum(len(image) for image in run.images), "network": network_digest(run.twin),
     }  # fmt: skip
     rank, world = _processes()
-    sums, done = _from_first(lambda: _restore(state, conditions))
+    sums, done = from_first(lambda: _restore(state, conditions))
     passes = run.passes(done + rank, world)
 
     def sample() -> dict[str, float]:
@@ -417,7 +417,8 @@ def _seed(seed: int, sample: int, probe: int) -> int:
     return int.from_bytes(sha256(f"{seed}:{sample}:{probe}".encode()).digest()[:7], "big")
 
 
-def _digest(network: nn.Module) -> str:
+def network_digest(network: nn.Module) -> str:
+    """A short digest of all values that a network's state holds."""
     digest = sha256()
     for name, value in network.state_dict().items():
         digest.update(name.encode())
@@ -448,7 +449,7 @@ def _gathered(compute: Callable[[], _T]) -> list[_T]:
     return [found for found, _ in every]
 
 
-def _from_first(compute: Callable[[], _T]) -> _T:
+def from_first(compute: Callable[[], _T]) -> _T:
     """What the first process computes, known to all: no other sees its files where each has a disk of its own."""
     return _gathered(compute if not _processes()[0] else lambda: cast(_T, None))[0]
 

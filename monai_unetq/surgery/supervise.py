@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -243,4 +243,4 @@ def refuse_supervised(network: nn.Module, verb: str) -> None:
 
 def _supervision(network: nn.Module) -> SkipSupervision | None:
     found = getattr(network, NAME, None)
-    return cast(SkipSupervision, found) if isinstance(found, SkipSupervision) else None
+    return found if isinstance(found, SkipSupervision) else None

@@ -12,7 +12,7 @@ from ..layers import PairedNorm
 from ..surgery.calibrate import image_of
 from ..surgery.observe import evaluating
 
-__all__ = ["freeze_norms", "reestimate_norms"]
+__all__ = ["freeze_norms", "norms_stand_still", "reestimate_norms"]
 
 
 @torch.no_grad()
@@ -70,8 +70,13 @@ def freeze_norms(
     Returns:
         the network.
     """
-    frozen = epoch > start_epoch + share * (epochs - start_epoch)
+    frozen = norms_stand_still(epoch, epochs, share, start_epoch)
     for module in network.modules():
         if isinstance(module, PairedNorm):
             module.frozen = frozen
     return network
+
+
+def norms_stand_still(epoch: int, epochs: int, share: float, start_epoch: int = 0) -> bool:
+    """Whether the paired batch norms keep their statistics in an epoch; arguments as ``freeze_norms``'s."""
+    return epoch > start_epoch + share * (epochs - start_epoch)

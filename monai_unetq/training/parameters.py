@@ -8,6 +8,7 @@ from torch import nn
 
 from ..quantizers import Quantizer
 from ..surgery.supervise import NAME
+from .handlers.processes import unwrapped
 
 __all__ = ["parameter_groups"]
 
@@ -22,7 +23,8 @@ def parameter_groups(
     with random weights. Neither decays.
 
     Args:
-        network: quantized, with or without learned scales and heads; groups without a parameter are left out.
+        network: quantized, with or without learned scales and heads, or what distributes it; groups without a parameter
+            are left out.
         learning_rate: of weights, biases and norms.
         scales: the step sizes' learning rate over that.
         heads: the heads' learning rate over that.
@@ -34,8 +36,10 @@ def parameter_groups(
         if not value > 0:
             raise ValueError(f"parameter_groups: {name} is {value}, expected a positive number")
     steps = {id(p) for m in network.modules() if isinstance(m, Quantizer) for p in m.parameters()}
-    weights, learned, supervision = [], [], []
-    for name, parameter in network.named_parameters():
+    weights: list[nn.Parameter] = []
+    learned: list[nn.Parameter] = []
+    supervision: list[nn.Parameter] = []
+    for name, parameter in unwrapped(network).named_parameters():
         head = name.startswith(f"{NAME}.")
         (learned if id(parameter) in steps else supervision if head else weights).append(parameter)
     groups: list[dict[str, Any]] = [

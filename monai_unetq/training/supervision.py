@@ -125,7 +125,10 @@ class SkipSupervisionLoss(nn.Module):
                 1 + self.boundary * (edges.amax(1, keepdim=True) if self.activation == "softmax" else edges)
             )
         cross_entropy = (entropy * weight).sum() / weight.sum().clamp(min=1e-6)
-        axes = [0, *range(2, logits.dim())]  # over the batch: an image without foreground has no Dice of its own
+        axes = [
+            0,
+            *range(2, logits.dim()),
+        ]  # over the batch: an image without foreground has no Dice of its own
         overlap = (probability * target * counts).sum(axes)
         sizes = ((probability + target) * counts).sum(axes)
         dice = 1 - (2 * overlap + 1e-5) / (sizes + 1e-5)
@@ -133,7 +136,9 @@ class SkipSupervisionLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments."""
-        return f"weight={self.weight:g}, {self.activation}, targets={self.targets}, boundary={self.boundary:g}"
+        return (
+            f"weight={self.weight:g}, {self.activation}, targets={self.targets}, boundary={self.boundary:g}"
+        )
 
 
 def supervision_weight(progress: float) -> float:
@@ -185,7 +190,9 @@ def targets_at(
     rest = counted.double().sum(axes, keepdim=True) - whole
     inside, outside = sums * rest, (counts.double() - sums) * whole
     won = (inside > outside) | ((inside == outside) & (whole < rest) & (sums > 0))
-    return torch.where(rest == 0, sums > 0, won).to(truth.dtype), shares  # nothing to compare with where it is all
+    return torch.where(rest == 0, sums > 0, won).to(
+        truth.dtype
+    ), shares  # nothing to compare with where it is all
 
 
 def _most_overrepresented(sums: Tensor, whole: Tensor) -> Tensor:
@@ -206,7 +213,9 @@ def _block_sums(tensor: Tensor, size: Sequence[int]) -> tuple[Tensor, float]:
     """Sums of zeros and ones over every block, exact, and how many pixels a block has."""
     blocks = [math.ceil(old / new) for old, new in zip(tensor.shape[2:], size, strict=True)]
     missing = [b * new - old for b, new, old in zip(blocks, size, tensor.shape[2:], strict=True)]
-    if any(m >= b for m, b in zip(missing, blocks, strict=True)):  # no grid of whole blocks comes to this size
+    if any(
+        m >= b for m, b in zip(missing, blocks, strict=True)
+    ):  # no grid of whole blocks comes to this size
         pools: dict[int, Callable[..., Tensor]] = {
             1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d
         }  # fmt: skip

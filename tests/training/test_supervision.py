@@ -35,9 +35,9 @@ def sigmoid(x: float) -> float:
 def head_by_hand(logits: list[float], target: list[float], weights: list[float] | None = None) -> float:
     """½·CE + ½·(1 - Dice) of one channel."""
     weights = weights or [1.0] * len(logits)
-    entropy = sum(
-        w * (softplus(z) - t * z) for z, t, w in zip(logits, target, weights, strict=True)
-    ) / sum(weights)
+    entropy = sum(w * (softplus(z) - t * z) for z, t, w in zip(logits, target, weights, strict=True)) / sum(
+        weights
+    )
     overlap = sum(sigmoid(z) * t for z, t in zip(logits, target, strict=True))
     sizes = sum(sigmoid(z) + t for z, t in zip(logits, target, strict=True))
     return 0.5 * entropy + 0.5 * (1 - (2 * overlap + 1e-5) / (sizes + 1e-5))
@@ -157,7 +157,13 @@ SIDES = st.integers(1, 12)
     st.sampled_from(["balanced", "area"]), st.booleans(),
 )  # fmt: skip
 def test_targets_are_those_of_the_transform(
-    seed: int, height: int, width: int, classes: int, scale: int, mode: Literal["balanced", "area"], ignore: bool
+    seed: int,
+    height: int,
+    width: int,
+    classes: int,
+    scale: int,
+    mode: Literal["balanced", "area"],
+    ignore: bool,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     many = max(classes, 2)

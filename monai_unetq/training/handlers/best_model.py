@@ -72,10 +72,15 @@ class BestModel:
         if not math.isfinite(score):
             engine.logger.warning(f"epoch {epoch}: {name} is {score}, which is not compared")
         elif self.score is None or engine.metric_cmp_fn(score, self.score):
-            self.score, self.epoch = score, epoch
-            self.weights = {k: v.detach().cpu().clone() for k, v in inference_state(network).items()}
-            self._write()
+            self.keep(score, epoch)
             engine.logger.info(f"best: {name} {score:.4f} in epoch {epoch}, {self.output_dir / 'model.pt'}")
+
+    def keep(self, score: float, epoch: int) -> None:
+        """Take the network as it is now for the best one."""
+        self.score, self.epoch = score, epoch
+        state = inference_state(unwrapped(self.network))
+        self.weights = {key: value.detach().cpu().clone() for key, value in state.items()}
+        self._write()
 
     def state_dict(self) -> dict[str, Any]:
         """Best score and its epoch, and the weights; tensors and numbers only."""

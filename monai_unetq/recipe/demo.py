@@ -1,16 +1,13 @@
-"""The whole way: data → float network → quantized network → packed file → results, stage by stage, cached on disk."""
+"""The demonstration's way: data → float network → quantized network → packed file → results and report."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from .allocation import cost_of
-from .datasets import Case, Split, block_split, membrane_phantom, read_em
-from .deploy import inspect_packed, pack, unpack
-from .metrics import METRICS, score, summarize
-from .networks import FixedPointUNet
-from .plan import QuantPlan
-from .surgery import fold, quantize
-from .training import (
+from ..allocation import cost_of
+from ..datasets import Case, Split, block_split, membrane_phantom, read_em
+from ..deploy import inspect_packed, pack, unpack
+from ..metrics import METRICS, score, summarize
+from ..networks import FixedPointUNet
+from ..plan import QuantPlan
+from ..surgery import fold, quantize
+from ..training import (
     History,
     Schedule,
     calibrate,
@@ -37,8 +34,12 @@ from .training import (
     train,
     validation_score,
 )
+from .stage import check_device, open_stage, replace_file, versions, write_json
 
 __all__ = ["Data", "demo", "evaluate", "result_row", "train_float", "train_quantized"]
+
+RESULTS = ("checkpoint.pt", "history.json", "float.safetensors", "model.unetq")
+"""Files of a stage."""
 
 CALIBRATION_CASES = 8
 """Training images that scales and batch norm statistics are found from."""
@@ -105,14 +106,14 @@ def train_float(
     network = _network(data, width, schedule.seed)
     weights = folder / "float.safetensors"
     settings = {"data": data.fingerprint, "width": width, "schedule": asdict(schedule)}
-    if _open_stage(folder, settings) and weights.exists():
+    if open_stage(folder, settings, RESULTS) and weights.exists():
         try:
             network.load_state_dict(load_file(weights))
             return network.to(device), _load_history(folder)
         except (SafetensorError, RuntimeError, OSError, ValueError) as error:
             tqdm.write(f"{weights}: cannot be read ({error}); trained again")
     history = _train(network, data, schedule, folder, "float", device)
-    _replace(weights, lambda path: save_file(_on_cpu(network), path))
+    replace_file(weights, lambda path: save_file(_on_cpu(network), path))
     return network, history
 
 
@@ -147,7 +148,7 @@ def train_quantized(
         "plan": plan.to_json(),
         "schedule": None if schedule is None else asdict(schedule),
     }
-    if _open_stage(folder, settings) and packed.exists():
+    if open_stage(folder, settings, RESULTS) and packed.exists():
         try:
             inspect_packed(packed)
             return packed, _load_history(folder)
@@ -289,7 +290,7 @@ def demo(
     metrics, predictions = evaluate(network, test)
     name = f"{activations}/{weights}"
     packed = out / "model.unetq"
-    _replace(packed, lambda path: shutil.copyfile(stage, path))
+    replace_file(packed, lambda path: shutil.copyfile(stage, path))
     held = inspect_packed(packed)
     results = {
         "title": f"Fixed-point U-Net {name} on {source.name}",
@@ -327,37 +328,8 @@ def _schedule(steps: int, patch_size: int, seed: int) -> Schedule:
     return Schedule(steps, patch_size=patch_size, seed=seed, epoch_steps=min(steps, 50))
 
 
-def check_device(device: str) -> None:
-    """Refuse a device that is not there.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"device '{device}' is not there: torch {torch.__version__} sees no GPU; use --device cpu"
-        )
-
-
-def versions() -> dict[str, str]:
-    """Versions that results depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("monai-unetq", "torch", "monai", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Write a JSON file, atomically."""
-    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-    _replace(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
-
-
 def _report(out: Path, results: dict[str, Any], case: Case, predictions: dict[str, np.ndarray]) -> None:
-    from .report import segmentation_figure, size_figure, training_figure, weight_figure, write_report
+    from ..report import segmentation_figure, size_figure, training_figure, weight_figure, write_report
 
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
@@ -412,25 +384,6 @@ def _load_history(folder: Path) -> History:
     return History(
         [tuple(p) for p in document["loss"]], [tuple(p) for p in document["validation"]], document["best"]
     )
-
-
-def _open_stage(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Make a stage's folder; True where it was begun with the same settings, else what it held is cleared."""
-    record = folder / "stage.json"
-    text = json.dumps(settings, indent=1, sort_keys=True)
-    if record.exists() and record.read_text(encoding="utf-8") == text:
-        return True
-    for name in ("checkpoint.pt", "history.json", "float.safetensors", "model.unetq"):
-        (folder / name).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(record, lambda path: path.write_text(text, encoding="utf-8"))
-    return False
-
-
-def _replace(path: Path, write: Any) -> None:
-    scratch = path.with_name(path.name + ".part")
-    write(scratch)
-    os.replace(scratch, path)
 
 
 def _on_cpu(network: nn.Module) -> dict[str, torch.Tensor]:

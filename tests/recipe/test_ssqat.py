@@ -1,0 +1,166 @@
+"""The SS-QAT recipe on a small network and phantom: what it leaves, what it reuses, that it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from monai.data import CacheDataset, DataLoader
+from monai.transforms import Compose, RandFlipd
+from torch import Tensor, nn
+
+from monai_unetq.datasets import membrane_phantom
+from monai_unetq.deploy import inspect_packed, unpack
+from monai_unetq.networks import FixedPointUNet
+from monai_unetq.plan import QuantPlan
+from monai_unetq.recipe import ssqat, ssqat_network, ssqat_plan
+from monai_unetq.surgery import calibrate, find_skips, quantized_layers, split
+from monai_unetq.training import bce_dice_loss, reestimate_norms
+
+EPOCHS = 3
+OPTIONS: dict[str, Any] = {"budget": ["weights=3.5bits", "activations=4bits"], "probes": 16}
+
+
+class Stop(Exception):
+    """As if the process had been killed."""
+
+
+def make_network() -> FixedPointUNet:
+    torch.manual_seed(0)
+    network = FixedPointUNet(1, 1, width=2)
+    return reestimate_norms(network, [torch.rand(4, 1, 32, 32)]).eval()  # type: ignore[return-value]
+
+
+def make_loader() -> DataLoader:
+    cases = membrane_phantom(count=4, size=32)
+    records = [{"image": torch.tensor(c.image), "label": torch.tensor(c.label).float()} for c in cases]
+    dataset = CacheDataset(records, Compose([RandFlipd(["image", "label"], prob=0.5)]), progress=False)
+    return DataLoader(dataset, batch_size=2, shuffle=True, generator=torch.Generator())
+
+
+class Validation:
+    """Minus the loss on fixed images, as a score; stops where it is told to."""
+
+    def __init__(self, stop_at: int = 0) -> None:
+        self.calls = 0
+        self.stop_at = stop_at
+        case = membrane_phantom(count=1, size=32, seed=5)[0]
+        self.image, self.label = torch.tensor(case.image)[None], torch.tensor(case.label)[None].float()
+
+    @torch.no_grad()
+    def __call__(self, network: nn.Module) -> float:
+        self.calls += 1
+        if self.calls == self.stop_at:
+            raise Stop
+        out = network(self.image)
+        assert isinstance(out, Tensor) and not network.training
+        return -float(bce_dice_loss()(out, self.label))
+
+
+def run(out: Path, validate: Any = None, **options: Any) -> Path:
+    return ssqat(
+        make_network(), bce_dice_loss(), make_loader(), validate or Validation(), out,
+        **{"epochs": EPOCHS, **OPTIONS, **options},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ssqat")
+    run(out)
+    return out
+
+
+def test_it_leaves_a_packed_network_with_parts_of_mixed_widths(done: Path) -> None:
+    network = unpack(done / "model.unetq", FixedPointUNet(1, 1, width=2))
+    layers = quantized_layers(network)
+    split_layers = [layer for layer in layers.values() if layer.parts]
+    assert len(split_layers) == 3
+    assert len({q.number_format.bits for layer in layers.values() for q in layer.weight_quantizers.values()}) > 1
+    assert not any("supervision" in key for key in network.state_dict())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+    first, last = layers["encoder.0.conv1"], layers["last"]
+    widths = [first.input_quantizer, first.weight_quantizer, last.weight_quantizer]
+    assert [q.number_format.bits for q in widths] == [8, 8, 8]
+    held = inspect_packed(done / "model.unetq")
+    assert json.loads((done / "plan.json").read_text()) == held["plan"]
+    state = torch.load(done / "model.pt", weights_only=True)
+    assert not any("supervision" in key for key in state)
+    assert not (done / "checkpoint.pt").exists() and not list(done.rglob("*.part"))
+
+
+def test_the_budget_is_kept(done: Path) -> None:
+    plan = QuantPlan.load(done / "allocation" / "allocation.json")
+    layers = quantized_layers(unpack(done / "model.unetq", FixedPointUNet(1, 1, width=2)))
+    bits = [
+        (q.number_format.bits, piece.numel())
+        for layer in layers.values()
+        for q, piece in zip(layer.weight_quantizers.values(), layer.weight_pieces().values(), strict=True)
+    ]
+    assert sum(b * n for b, n in bits) / sum(n for _, n in bits) <= 3.5
+    assert plan.learned and plan.scale == "power-of-two"
+
+
+def test_a_second_call_finds_everything_done(done: Path) -> None:
+    before = (done / "model.unetq").stat().st_mtime_ns
+    validate = Validation()
+    assert run(done, validate) == done / "model.unetq"
+    assert validate.calls == 0 and (done / "model.unetq").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("stop_at", [1, 2])
+def test_a_killed_run_ends_with_the_same_weights(done: Path, tmp_path: Path, stop_at: int) -> None:
+    with pytest.raises(Stop):
+        run(tmp_path, Validation(stop_at))
+    assert not (tmp_path / "model.unetq").exists()
+    torch.rand(3)  # what was drawn in between does not matter
+    run(tmp_path)
+    assert (tmp_path / "model.unetq").read_bytes() == (done / "model.unetq").read_bytes()
+
+
+def test_another_request_is_made_anew_with_the_same_sensitivities(done: Path, tmp_path: Path) -> None:
+    network, batches = make_network(), list(make_loader())
+    split(network, batches[0]["image"][:1])
+    options: dict[str, Any] = {"metric": "sqnr"}
+    first = ssqat_plan(network, bce_dice_loss(), batches, tmp_path, **options)
+    file = tmp_path / "sensitivity" / "sensitivities.json"
+    before = file.stat().st_mtime_ns
+    second = ssqat_plan(
+        network, bce_dice_loss(), batches, tmp_path, budget="weights=3.5bits", **options
+    )
+    assert first != second and file.stat().st_mtime_ns == before
+    assert ssqat_plan(network, bce_dice_loss(), [], tmp_path, budget="weights=3.5bits", **options) == second
+    with torch.no_grad():
+        network.last.weight.mul_(2)  # type: ignore[union-attr, operator]
+    ssqat_plan(network, bce_dice_loss(), batches, tmp_path, **options)
+    assert file.stat().st_mtime_ns > before
+
+
+def test_without_supervision_there_are_no_heads() -> None:
+    network, batches = make_network(), list(make_loader())
+    ssqat_network(network, bce_dice_loss(), batches, metric="fisher", supervised=False)
+    calibrate(network, batches)
+    assert isinstance(network.train()(batches[0]["image"]), Tensor)
+    assert len(find_skips(network).splittable) == 3
+
+
+def test_the_network_that_was_given_is_left_as_it_is(tmp_path: Path) -> None:
+    network = make_network()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    ssqat(
+        network, bce_dice_loss(), make_loader(), Validation(), tmp_path, epochs=1, metric="sqnr", supervision=0
+    )
+    after = network.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected 'hessian', 'fisher' or 'sqnr'"):
+        run(tmp_path, metric="drop")
+    with pytest.raises(ValueError, match="out of reach"):
+        run(tmp_path, budget="weights=1.5bits", metric="sqnr")
+    with pytest.raises(ValueError, match="validate gave nan in epoch 1"):
+        run(tmp_path, lambda network: float("nan"), metric="sqnr")
