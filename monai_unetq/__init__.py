@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import datasets, networks, sensitivity, training, transforms
+    from . import datasets, networks, recipe, sensitivity, training, transforms
     from .allocation import allocate
     from .deploy import inspect_packed, pack, unpack
     from .formats import QFormat
@@ -49,6 +49,7 @@ __all__ = [
     "pack",
     "plan_of",
     "quantize",
+    "recipe",
     "sensitivity",
     "split",
     "strip",
@@ -79,7 +80,7 @@ _HOME = {
 }
 """Public name → the module of ours that defines it."""
 
-_SUBMODULES = frozenset({"datasets", "networks", "sensitivity", "training", "transforms"})
+_SUBMODULES = frozenset({"datasets", "networks", "recipe", "sensitivity", "training", "transforms"})
 
 
 def __getattr__(name: str) -> Any:

@@ -292,6 +292,70 @@ def test_a_resumed_training_ends_as_the_undisturbed_one(prepared: Prepared) -> N
         assert torch.equal(value, other["network"][key]), key
 
 
+def ssqat(prepared: Prepared, float_run: Path, out: Path, *configs: str, **more: Any) -> None:
+    """A three-epoch SS-QAT training of seconds."""
+    keys = {
+        "float_model": str(float_run / "model.pt"),
+        "epochs": 3,
+        "metric": "fisher",
+        "output_dir": str(out),
+    }
+    prepared.train("ssqat", *configs, **{**keys, **more})
+
+
+def test_ssqat_leaves_a_packed_network_of_mixed_widths_without_heads(
+    prepared: Prepared, float_run: Path
+) -> None:
+    out = prepared.work / "ssqat"
+    ssqat(prepared, float_run, out)
+    packed, unfolded = (network_of(prepared.kind, out / name) for name in ("model.unetq", "model.pt"))
+    assert not any("supervision" in key for key in (*packed.state_dict(), *unfolded.state_dict()))
+    image = torch.rand(2, 1, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(packed(image), unfolded(image))
+    held = inspect_packed(out / "model.unetq")
+    assert held["plan"]["layers"]["decoder.0.conv1"]["parts"] == [["skip", 8], ["up", 8]]
+    keys = prepared.keys(model=str(out / "model.unetq"), output_dir=str(prepared.work / "seg-ssqat"))
+    run(config_file=prepared.config("inference"), **keys)
+    # In training there are heads, and they learn.
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)["network"]
+    assert checkpoint["skip_supervision.heads.2.bias"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("prepared", ["em"], indirect=True)
+def test_a_resumed_ssqat_training_ends_as_the_undisturbed_one(prepared: Prepared, float_run: Path) -> None:
+    undisturbed, interrupted = prepared.work / "ssqat-undisturbed", prepared.work / "ssqat-interrupted"
+    ssqat(prepared, float_run, undisturbed)
+    ssqat(prepared, float_run, interrupted, **{"train#trainer#max_epochs": 1})
+    plan = (interrupted / "allocation" / "allocation.json").stat().st_mtime_ns
+    torch.rand(1)
+    ssqat(prepared, float_run, interrupted, resume=True)
+    assert (interrupted / "allocation" / "allocation.json").stat().st_mtime_ns == plan
+    one, other = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (undisturbed, interrupted))
+    for key, value in one["network"].items():
+        assert torch.equal(value, other["network"][key]), key
+    assert (undisturbed / "model.unetq").read_bytes() == (interrupted / "model.unetq").read_bytes()
+
+
+@pytest.mark.parametrize("prepared", ["em"], indirect=True)
+def test_two_processes_share_an_ssqat_training(prepared: Prepared, float_run: Path) -> None:
+    out = prepared.work / "ssqat-parallel"
+    keys = {**prepared.keys(output_dir=out, epochs=2, metric="hessian", probes=20), **SMALL}
+    configs = [prepared.config(name) for name in ("train", "ssqat", "multi_gpu_train")]
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    command_line(program, str(configs), {**keys, "float_model": float_run / "model.pt"}, prepared.work)
+    network_of(prepared.kind, out / "model.unetq")
+
+
+@pytest.mark.parametrize("prepared", ["em"], indirect=True)
+def test_ssqat_without_a_float_network_says_what_to_do(prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        ssqat(prepared, tmp_path, tmp_path / "out")
+    assert "model.pt: no such file; train first" in repr(caught.value.__cause__.__cause__) + repr(
+        caught.value.__cause__
+    )  # type: ignore[union-attr]
+
+
 def test_other_programs_drive_the_bundle_as_a_workflow(prepared: Prepared) -> None:
     out = prepared.work / "workflow"
     workflow = create_workflow(

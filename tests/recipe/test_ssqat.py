@@ -79,7 +79,9 @@ def test_it_leaves_a_packed_network_with_parts_of_mixed_widths(done: Path) -> No
     layers = quantized_layers(network)
     split_layers = [layer for layer in layers.values() if layer.parts]
     assert len(split_layers) == 3
-    assert len({q.number_format.bits for layer in layers.values() for q in layer.weight_quantizers.values()}) > 1
+    assert (
+        len({q.number_format.bits for layer in layers.values() for q in layer.weight_quantizers.values()}) > 1
+    )
     assert not any("supervision" in key for key in network.state_dict())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
     first, last = layers["encoder.0.conv1"], layers["last"]
@@ -128,9 +130,7 @@ def test_another_request_is_made_anew_with_the_same_sensitivities(done: Path, tm
     first = ssqat_plan(network, bce_dice_loss(), batches, tmp_path, **options)
     file = tmp_path / "sensitivity" / "sensitivities.json"
     before = file.stat().st_mtime_ns
-    second = ssqat_plan(
-        network, bce_dice_loss(), batches, tmp_path, budget="weights=3.5bits", **options
-    )
+    second = ssqat_plan(network, bce_dice_loss(), batches, tmp_path, budget="weights=3.5bits", **options)
     assert first != second and file.stat().st_mtime_ns == before
     assert ssqat_plan(network, bce_dice_loss(), [], tmp_path, budget="weights=3.5bits", **options) == second
     with torch.no_grad():
@@ -151,7 +151,14 @@ def test_the_network_that_was_given_is_left_as_it_is(tmp_path: Path) -> None:
     network = make_network()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     ssqat(
-        network, bce_dice_loss(), make_loader(), Validation(), tmp_path, epochs=1, metric="sqnr", supervision=0
+        network,
+        bce_dice_loss(),
+        make_loader(),
+        Validation(),
+        tmp_path,
+        epochs=1,
+        metric="sqnr",
+        supervision=0,
     )
     after = network.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
