@@ -47,6 +47,9 @@ class SupervisionHead(nn.Module):
     def forward(self, feature: Tensor) -> Tensor:
         """Logits (N, num_classes, spatial…) of a feature (N, channels, spatial…)."""
         weight = self.weight
+        # The network may be of half precision, or run its layers under an autocast that has ended.
+        if feature.dtype != weight.dtype and not torch.is_autocast_enabled(feature.device.type):
+            feature = feature.to(weight.dtype)
         out: Tensor = _CONVOLUTIONS[weight.dim() - 2](
             feature, weight, self.bias, padding=weight.shape[-1] // 2
         )

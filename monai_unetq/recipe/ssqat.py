@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from monai.handlers import LrScheduleHandler
 from torch import Tensor, nn
 
 from ..allocation import allocate
+from ..allocation.budget import Budget
 from ..deploy import inspect_packed, pack
 from ..plan import QuantPlan
 from ..sensitivity import Sensitivities, fisher, hessian_traces, sqnr
@@ -79,7 +80,7 @@ def ssqat_plan(
         loss: of the network's output and the label; without supervision.
         batches: of *training* data, with image and label; drawn once, with random numbers of ``seed``.
         folder: keeps ``sensitivities.json`` and ``allocation.json``, which are used again for the same network and
-            arguments. That the data is the same is up to you.
+            arguments. That data and loss are the same is up to you.
         budget: see ``allocate``.
         choices: bit widths.
         metric: what Ω is made of: Hessian traces, squared gradients, or signal to noise.
@@ -92,29 +93,31 @@ def ssqat_plan(
         ValueError: as ``hessian_traces`` and ``allocate`` do.
     """
     budgets = [budget] if isinstance(budget, str) else list(budget)
+    for text in budgets:
+        Budget.parse(text)  # a misspelled one fails before anything is measured
     widths = sorted({*choices, END_BITS})
     measured = {"network": network_digest(network), "metric": metric, "probes": probes, "widths": widths, "scale": scale, "seed": seed}  # fmt: skip
     settings = {**measured, "budget": budgets, "choices": list(choices), "method": method}
     place = None if folder is None else Path(folder)
     file = None if place is None else place / "sensitivity" / "sensitivities.json"
 
-    def kept() -> tuple[dict[str, Any] | None, bool]:
-        """The plan that was made before, and whether the sensitivities were."""
+    def kept() -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """The plan and the sensitivities that were made before."""
         if place is None or file is None:
-            return None, False
+            return None, None
         done = open_stage(place / "sensitivity", measured, [file.name, "sensitivities.state"])
         if (
             open_stage(place / "allocation", settings, [ALLOCATION])
             and (place / "allocation" / ALLOCATION).exists()
         ):
-            return QuantPlan.load(place / "allocation" / ALLOCATION).to_json(), done
-        return None, done and file.exists()
+            return QuantPlan.load(place / "allocation" / ALLOCATION).to_json(), None
+        return None, Sensitivities.load(file).to_json() if done and file.exists() else None
 
-    allocated, has_sensitivities = from_first(kept)
+    allocated, found = from_first(kept)  # no other process may see the first one's disk
     if allocated is not None:
         return QuantPlan.from_json(allocated)
-    if file is not None and has_sensitivities:
-        sensitivities = Sensitivities.load(file)
+    if found is not None:
+        sensitivities = Sensitivities.from_json(found)
     else:
         with isolated_randomness(seed, batches):
             drawn = list(batches)
@@ -236,6 +239,15 @@ def ssqat(
         >>> packed = ssqat(network, soft_dice_loss(), loader, validate, "ssqat", epochs=20, budget="weights=3bits")
         >>> network = unpack(packed, FixedPointUNet(1, 1))
     """
+    if epochs < 1 or not learning_rate > 0:
+        raise ValueError(
+            f"ssqat: epochs is {epochs}, learning_rate {learning_rate}, expected both to be positive"
+        )
+    supervised = SkipSupervisionLoss(loss, supervision, **(supervision_options or {}))
+    if isinstance(calibration, Iterator):
+        raise ValueError(
+            "ssqat: calibration is an iterator, which is empty after one pass; give a list or a loader"
+        )
     out = Path(out)
     packed = out / "model.unetq"
     settings = {
@@ -250,11 +262,10 @@ def ssqat(
         inspect_packed(packed)
         return packed
     batches = loader if calibration is None else calibration
-    work = copy.deepcopy(strip(network)).to(device)
+    work = strip(copy.deepcopy(network)).to(device)
     ssqat_network(
         work, loss, batches, out, num_classes=num_classes, supervised=supervision > 0, seed=seed, **options
     )
-    supervised = SkipSupervisionLoss(loss, supervision, **(supervision_options or {}))
     optimizer = torch.optim.Adam(parameter_groups(work, learning_rate))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(epochs))
     best = BestModel(work, out)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..layers import QuantizedLayer, SupervisionHead
 from ..parts import kind_of
@@ -85,16 +86,18 @@ class SkipSupervision(nn.Module):
             SupervisionHead(r.channels, num_classes, len(r.resolution), kernel_size, device) for r in readings
         )
         self._features: dict[int, Tensor] | None = None  # while a pass in training runs
+        self._learns = False  # whether that pass records gradients
 
     def begin(self, network: nn.Module, args: Any) -> None:
         """Hook in front of the network: features are wanted in training only."""
         self._features = {} if network.training else None
+        self._learns = torch.is_grad_enabled()
 
     def end(self, network: nn.Module, args: Any, output: Any) -> SupervisedOutput | None:
         """Hook behind the network: the heads' logits beside its output.
 
         Raises:
-            RuntimeError: if a skip was not read, or read under reentrant checkpointing.
+            RuntimeError: if a skip was not read, or no gradient reaches any of them.
         """
         features, self._features = self._features, None
         if features is None:
@@ -103,34 +106,62 @@ class SkipSupervision(nn.Module):
         if missing:
             raise RuntimeError(
                 f"'{missing[0].layer}' did not read '{missing[0].part}' in this pass, so its skip cannot be supervised; "
-                "strip the network and attach the heads to it as it is now"
+                "strip the network and attach the heads to it as it is now; where torch.compile has run it without "
+                "heads, call torch._dynamo.reset()"
             )
         if torch.is_grad_enabled() and not any(f.requires_grad for f in features.values()):
             raise RuntimeError(
-                "no gradient reaches the skip connections; checkpointed networks need "
-                "torch.utils.checkpoint(…, use_reentrant=False), frozen ones no supervision"
+                "no gradient reaches the skip connections: what makes them is frozen, so strip the network"
             )
         logits = tuple(head(features[number]) for number, head in enumerate(self.heads))
         return SupervisedOutput(output, logits)
 
     def take(self, number: int, feature: Tensor) -> None:
-        """Keep a head's feature, the first one of a pass; nothing outside of a pass (when it is computed once more)."""
-        if self._features is not None and number not in self._features:
-            self._features[number] = feature
+        """Keep a head's feature, the first one of a pass; nothing outside of a pass (when it is computed once more).
+
+        Raises:
+            RuntimeError: if it is read under reentrant checkpointing, or has no batch axis.
+        """
+        if self._features is None or number in self._features:
+            return
+        reading = self.readings[number]
+        if self._learns and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"'{reading.layer}' runs without gradients, so none reaches its skip: a checkpointed network needs "
+                "torch.utils.checkpoint(…, use_reentrant=False)"
+            )
+        if feature.dim() != len(reading.resolution) + 2:
+            raise RuntimeError(
+                f"'{reading.layer}' reads '{reading.part}' of shape {tuple(feature.shape)}, without a batch axis, so "
+                "its skip cannot be supervised; strip the network"
+            )
+        self._features[number] = feature
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pass that was broken off leaves features behind, which can be neither copied nor pickled.
+        return {**self.__dict__, "_features": None}
 
 
 class _Tap:
-    """Hook that hands over the channels of a concatenation: of a quantizer's result, or of a float layer's input."""
+    """Hooks that hand over the channels of a concatenation: of a quantizer's result, or of a float layer's input."""
 
     def __init__(self, supervision: SkipSupervision, numbers: Sequence[int]) -> None:
         self.supervision = supervision
         self.numbers = tuple(numbers)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor | None = None) -> None:
-        tensor = args[0] if output is None else output
+    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """In front of a float layer."""
+        self._take(args[0] if args else kwargs["input"])
+
+    def behind(self, quantizer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Behind a quantized layer's input quantizer."""
+        self._take(output)
+
+    def _take(self, tensor: Tensor) -> None:
         for number in self.numbers:
             reading = self.supervision.readings[number]
-            self.supervision.take(number, tensor.narrow(1, reading.start, reading.channels))
+            axis = -1 - len(reading.resolution)
+            self.supervision.take(number, tensor.narrow(axis, reading.start, reading.channels))
 
 
 def attach_supervision(
@@ -153,8 +184,9 @@ def attach_supervision(
         the network.
 
     Raises:
-        ValueError: if it has heads already, there is no skip to supervise, it is an ``nn.Sequential``, an argument is
-            out of its range, or it fails on the example; nothing is changed then.
+        ValueError: if it has heads already, there is no skip to supervise, it is an ``nn.Sequential`` or wrapped for
+            several processes or compilation, an argument is out of its range, or it fails on the example; nothing is
+            changed then.
 
     Example:
         >>> attach_supervision(quantize(split(network), plan), num_classes=1)
@@ -172,6 +204,16 @@ def attach_supervision(
             f"attach_supervision: a {type(network).__name__} runs every module that it holds, so it would run the "
             "heads; put it into a module of its own"
         )
+    if isinstance(network, (DistributedDataParallel, DataParallel)) or hasattr(network, "_orig_mod"):
+        raise ValueError(
+            f"attach_supervision: the network is inside a {type(network).__name__}, which knows nothing of parameters "
+            "that come later; attach the heads to the network itself, then wrap it"
+        )
+    if hasattr(network, NAME):
+        raise ValueError(
+            f"attach_supervision: {type(network).__name__} has an attribute '{NAME}' of its own, which is what the "
+            "heads are called; rename it"
+        )
     example = example_for(network) if example is None else example
     readings = _readings(find_skips(network, example))
     if not readings:
@@ -186,9 +228,9 @@ def attach_supervision(
         module = modules[layer]
         if isinstance(module, QuantizedLayer):
             place = module.input_parts if module.parts else module.input_quantizer
-            place.register_forward_hook(tap)
+            place.register_forward_hook(tap.behind)
         else:
-            module.register_forward_pre_hook(tap)
+            module.register_forward_pre_hook(tap.before, with_kwargs=True)
     network.add_module(NAME, supervision)
     network.register_forward_pre_hook(supervision.begin)
     network.register_forward_hook(supervision.end)
@@ -214,33 +256,42 @@ def _readings(found: Sequence[SkipConvolution]) -> list[Reading]:
 def strip(network: nn.Module) -> nn.Module:
     """Take the heads off again, in place: no module, no hook and no key of them is left.
 
+    Args:
+        network: what ``attach_supervision`` was called with, or what holds it, such as ``DistributedDataParallel``.
+
     Returns:
         the network, which may have had none.
     """
-    supervision = _supervision(network)
-    if supervision is None:
-        return network
-    for module in network.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key, hook in list(hooks.items()):
-                owner = hook.supervision if isinstance(hook, _Tap) else getattr(hook, "__self__", None)
-                if owner is supervision:
-                    del hooks[key]
-    delattr(network, NAME)
+    for name, supervision in list(_supervisions(network).items()):
+        for module in network.modules():
+            for hooks, with_kwargs in (
+                (module._forward_hooks, module._forward_hooks_with_kwargs),
+                (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            ):
+                for key, hook in list(hooks.items()):
+                    owner = getattr(hook, "__self__", None)
+                    if (owner.supervision if isinstance(owner, _Tap) else owner) is supervision:
+                        del hooks[key]
+                        with_kwargs.pop(key, None)
+        holder = network.get_submodule(name.rpartition(".")[0])
+        if NAME in holder._modules:  # no longer where it is registered under several names
+            delattr(holder, NAME)
     return network
 
 
 def inference_state(network: nn.Module) -> dict[str, Tensor]:
     """The network's state dict without the heads: that of the stripped network."""
-    return {key: value for key, value in network.state_dict().items() if not key.startswith(f"{NAME}.")}
+    heads = tuple(f"{name}." for name in _supervisions(network))
+    return {key: value for key, value in network.state_dict().items() if not key.startswith(heads)}
 
 
 def refuse_supervised(network: nn.Module, verb: str) -> None:
     """Raise a ValueError if the network has heads: what is done to its layers would leave them without a feature."""
-    if _supervision(network) is not None:
+    if _supervisions(network):
         raise ValueError(f"{verb}: the network has supervision heads; call strip(network) first")
 
 
-def _supervision(network: nn.Module) -> SkipSupervision | None:
-    found = getattr(network, NAME, None)
-    return found if isinstance(found, SkipSupervision) else None
+def _supervisions(network: nn.Module) -> dict[str, SkipSupervision]:
+    """Name → heads, under all their names: of the network itself, or of what it wraps."""
+    modules = network.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if isinstance(module, SkipSupervision)}

@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from ..layers import SupervisionHead
 from ..quantizers import Quantizer
-from ..surgery.supervise import NAME
-from .handlers.processes import unwrapped
 
 __all__ = ["parameter_groups"]
 
@@ -36,11 +35,12 @@ def parameter_groups(
         if not value > 0:
             raise ValueError(f"parameter_groups: {name} is {value}, expected a positive number")
     steps = {id(p) for m in network.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+    of_heads = {id(p) for m in network.modules() if isinstance(m, SupervisionHead) for p in m.parameters()}
     weights: list[nn.Parameter] = []
     learned: list[nn.Parameter] = []
     supervision: list[nn.Parameter] = []
-    for name, parameter in unwrapped(network).named_parameters():
-        head = name.startswith(f"{NAME}.")
+    for parameter in network.parameters():
+        head = id(parameter) in of_heads
         (learned if id(parameter) in steps else supervision if head else weights).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": weights, "lr": learning_rate},

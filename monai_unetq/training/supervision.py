@@ -90,7 +90,7 @@ class SkipSupervisionLoss(nn.Module):
 
         Raises:
             ValueError: if the target has another number of channels than 1 and the heads', a class that the heads do
-                not have, or a head is finer than the target.
+                not have, or a head is finer than the target; or softmax is asked of one channel.
         """
         if not isinstance(output, SupervisedOutput):
             return self.loss(output, target)
@@ -98,20 +98,26 @@ class SkipSupervisionLoss(nn.Module):
         label = target[0] if isinstance(target, (list, tuple)) else target
         label = label.as_tensor() if hasattr(label, "as_tensor") else label
         classes = output.skips[0].shape[1]
+        if self.activation == "softmax" and classes == 1:
+            raise ValueError(
+                "SkipSupervisionLoss: softmax over the heads' one channel is always 1; use activation='sigmoid', or "
+                "attach heads with a channel for each class"
+            )
         truth, valid = _by_class(label, classes, self.ignore_label)
+        exclusive = classes > 1 and (label.shape[1] == 1 or self.activation == "softmax")
         sizes = [logits.shape[2:].numel() for logits in output.skips]
         dimensions = label.dim() - 2
         # Halved for each halving of the resolution: by the geometric mean over the axes where they differ.
         shares = [(size / max(sizes)) ** (1 / dimensions) for size in sizes]
         with torch.autocast(label.device.type, enabled=False):
             heads = [
-                share / sum(shares) * self._head(logits.float(), truth, valid)
+                share / sum(shares) * self._head(logits.float(), truth, valid, exclusive)
                 for share, logits in zip(shares, output.skips, strict=True)
             ]
             return total + self.weight * torch.stack(heads).sum()
 
-    def _head(self, logits: Tensor, truth: Tensor, valid: Tensor | None) -> Tensor:
-        target, counts = targets_at(truth, logits.shape[2:], self.targets, valid)
+    def _head(self, logits: Tensor, truth: Tensor, valid: Tensor | None, exclusive: bool) -> Tensor:
+        target, counts = targets_at(truth, logits.shape[2:], self.targets, valid, exclusive)
         if self.activation == "softmax":
             probability = logits.softmax(1)
             entropy = -(target * logits.log_softmax(1)).sum(1, keepdim=True)
@@ -151,20 +157,25 @@ def supervision_weight(progress: float) -> float:
 
 
 def targets_at(
-    truth: Tensor, size: Sequence[int], mode: Targets = "balanced", valid: Tensor | None = None
+    truth: Tensor,
+    size: Sequence[int],
+    mode: Targets = "balanced",
+    valid: Tensor | None = None,
+    exclusive: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A target at a coarser resolution, so that thin structures survive: every new pixel stands for a block of old ones.
 
     ``"balanced"`` is what ``transforms.SkipTargets`` does for one image: the block takes the class that is most
     over-represented in it, argmax f(block)/f(image), so that a membrane of 2 % of the image wins its block with any 2 %
-    of its pixels and more. ``"area"`` is the fraction of the block. With one channel its complement is the other class;
-    channels that overlap (regions) are each judged against their own complement.
+    of its pixels and more. ``"area"`` is the fraction of the block. Channels that are not ``exclusive`` (one foreground,
+    regions) are each judged against their own complement.
 
     Args:
         truth: (N, C, spatial…), of 0 and 1: one-hot, one foreground channel, or regions.
         size: spatial shape to come to. Sizes that it does not divide are padded at the far end with the last pixel.
         mode: see above.
         valid: (N, 1, spatial…), 1 where pixels count.
+        exclusive: every pixel that counts is of exactly one channel.
 
     Returns:
         the target (N, C, *size), and (N, 1, *size) the share of each block's pixels that count.
@@ -185,7 +196,7 @@ def targets_at(
     axes = tuple(range(2, truth.dim()))
     sums = sums.double()  # of products of whole numbers, so that equal ones are equal
     whole = (truth * counted).double().sum(axes, keepdim=True)
-    if truth.shape[1] > 1 and bool((truth.sum(1) <= 1).all()):
+    if exclusive:
         return _most_overrepresented(sums, whole).to(truth.dtype) * (counts > 0), shares
     rest = counted.double().sum(axes, keepdim=True) - whole
     inside, outside = sums * rest, (counts.double() - sums) * whole
@@ -241,14 +252,14 @@ def _by_class(label: Tensor, classes: int, ignore_label: int | None) -> tuple[Te
         raise ValueError(
             f"the target has {label.shape[1]} channels, expected 1 (classes) or {classes} (the heads' channels)"
         )
-    label = label.round()
+    label = label.round() if label.is_floating_point() else label
     valid = None if ignore_label is None else (label != ignore_label).float()
+    known, highest = label if valid is None else label * valid, max(classes - 1, 1)
+    if known.min() < 0 or known.max() > highest:
+        raise ValueError(
+            f"the target holds class {int(known.max() if known.max() > highest else known.min())}, the heads have "
+            f"0 to {highest}; attach them with another num_classes, or name an ignore_label"
+        )
     if classes == 1:
         return (label == 1).float(), valid
-    known = label if valid is None else label * valid
-    if known.min() < 0 or known.max() >= classes:
-        raise ValueError(
-            f"the target holds class {int(known.max() if known.max() >= classes else known.min())}, the heads have "
-            f"{classes}, 0 to {classes - 1}; attach them with another num_classes, or name an ignore_label"
-        )
     return torch.cat([(label == index).float() for index in range(classes)], 1), valid

@@ -24,7 +24,7 @@ EPOCHS = 3
 OPTIONS: dict[str, Any] = {"budget": ["weights=3.5bits", "activations=4bits"], "probes": 16}
 
 
-class Stop(Exception):
+class KilledError(Exception):
     """As if the process had been killed."""
 
 
@@ -54,7 +54,7 @@ class Validation:
     def __call__(self, network: nn.Module) -> float:
         self.calls += 1
         if self.calls == self.stop_at:
-            raise Stop
+            raise KilledError
         out = network(self.image)
         assert isinstance(out, Tensor) and not network.training
         return -float(bce_dice_loss()(out, self.label))
@@ -115,7 +115,7 @@ def test_a_second_call_finds_everything_done(done: Path) -> None:
 
 @pytest.mark.parametrize("stop_at", [1, 2])
 def test_a_killed_run_ends_with_the_same_weights(done: Path, tmp_path: Path, stop_at: int) -> None:
-    with pytest.raises(Stop):
+    with pytest.raises(KilledError):
         run(tmp_path, Validation(stop_at))
     assert not (tmp_path / "model.unetq").exists()
     torch.rand(3)  # what was drawn in between does not matter
@@ -134,7 +134,7 @@ def test_another_request_is_made_anew_with_the_same_sensitivities(done: Path, tm
     assert first != second and file.stat().st_mtime_ns == before
     assert ssqat_plan(network, bce_dice_loss(), [], tmp_path, budget="weights=3.5bits", **options) == second
     with torch.no_grad():
-        network.last.weight.mul_(2)  # type: ignore[union-attr, operator]
+        network.last.weight.mul_(2)
     ssqat_plan(network, bce_dice_loss(), batches, tmp_path, **options)
     assert file.stat().st_mtime_ns > before
 

@@ -176,7 +176,7 @@ def test_targets_are_those_of_the_transform(
     size = (math.ceil(height / scale), math.ceil(width / scale))
     # A size alone tells the scale only where the last block is not mostly padding.
     assume(all(math.ceil(old / new) == scale for old, new in zip((height, width), size, strict=True)))
-    found, share = targets_at(truth, size, mode, valid)
+    found, share = targets_at(truth, size, mode, valid, exclusive=many > 2)
     for image, target, counts in zip(labels, found, share, strict=True):
         (wanted,) = transform(image)
         counted = counts > 0
@@ -239,6 +239,7 @@ def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
     [
         (3, torch.full((1, 1, 4, 4), 3.0), "class 3"),
         (3, torch.zeros(1, 2, 4, 4), "2 channels, expected 1"),
+        (1, torch.full((1, 1, 4, 4), 255.0), "class 255, the heads have 0 to 1"),
         (1, torch.zeros(1, 1, 2, 2), "give the target of full resolution"),
     ],
 )
@@ -246,3 +247,18 @@ def test_targets_that_do_not_fit(channels: int, label: Tensor, message: str) -> 
     output = SupervisedOutput(label, (torch.zeros(1, channels, 4, 4),))
     with pytest.raises(ValueError, match=message):
         SkipSupervisionLoss(squared)(output, label)
+
+
+def test_softmax_needs_two_channels() -> None:
+    output = SupervisedOutput(torch.zeros(1, 1, 4, 4), (torch.zeros(1, 1, 4, 4),))
+    with pytest.raises(ValueError, match="one channel is always 1"):
+        SkipSupervisionLoss(squared, activation="softmax")(output, torch.zeros(1, 1, 4, 4))
+
+
+def test_background_is_no_region() -> None:
+    target, _ = targets_at(torch.zeros(1, 2, 4, 4), (2, 2))
+    assert target.sum() == 0
+    regions = torch.zeros(1, 2, 4, 4)
+    regions[:, 0, :2, :2], regions[:, 1, 2:, 2:] = 1, 1  # they do not overlap, and leave background
+    target, _ = targets_at(regions, (2, 2))
+    assert target.tolist() == [[[[1, 0], [0, 0]], [[0, 0], [0, 1]]]]

@@ -1,0 +1,468 @@
+"""SS-QAT on real data: what splitting with mixed precision and supervised skips are worth at few bits, beside the peers.
+
+Every row begins with the same float network, that of ``unetq reproduce``, and is trained for the same steps on the same
+crops: float on (the control), uniform widths, split with mixed widths, each with and without supervised skips, Brevitas
+and NVIDIA modelopt. The last step's network is what is tested, so nothing is chosen on the test cases. Everything is kept
+in --out and not done twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import monai_unetq as uq
+from monai_unetq.allocation.cost import layer_costs
+from monai_unetq.datasets import data_list
+from monai_unetq.metrics import score as measures_of
+from monai_unetq.recipe import ssqat_plan, versions, write_json
+from monai_unetq.reproduction.run import PRESETS, Comparison, alone, prediction_file, read_mask, score
+from monai_unetq.surgery.workload import workload
+from monai_unetq.training import SkipSupervisionLoss, freeze_norms, parameter_groups, reestimate_norms
+from monai_unetq.training.handlers.seeding import epoch_seed, seed_everything
+from monai_unetq.training.supervision import supervision_weight
+
+EXAMPLES = """\
+examples:
+  unetq reproduce em --data Dataset501_EM --out study --rows "Full precision"
+  python benchmarks/ssqat.py em --dataset Dataset501_EM --study study --out ssqat --widths W3A3 W2A2 --seeds 0 1 2
+  python benchmarks/ssqat.py page --out ssqat
+"""
+
+WIDTHS = ("W4A4", "W3A4", "W2A4", "W3A3", "W2A2")
+FLOAT, CONTROL = "float", "float, trained on"
+PEERS = ("Brevitas", "modelopt")
+ROWS = ("uniform", "+ split, mixed", "+ supervision", "+ both (SS-QAT)", *PEERS)
+LEARNING_RATE = 3e-4
+SUPERVISION = 0.4
+FREEZE_NORMS_AT = 0.7
+CALIBRATION_BATCHES = 8
+END_BITS = 8
+"""Of the image, and of the first and last layer's weights, in every row."""
+
+MEASURES = ("dice", "membrane_dice", "nsd", "hd95")
+BEGIN, END = "<!-- made by benchmarks/ssqat.py -->", "<!-- end -->"
+
+
+@dataclass(frozen=True)
+class Study:
+    """One data set's float network, crops and test cases."""
+
+    comparison: Comparison
+    out: Path
+    epochs: int
+    scale: Any = "free"
+    metric: Any = "hessian"
+
+    @property
+    def kind(self) -> str:
+        return self.comparison.kind
+
+    def network(self) -> nn.Module:
+        """The trained float network."""
+        file = self.comparison.folder / "float-relu" / f"fold0-seed{self.comparison.seed}" / "model.pt"
+        network = uq.networks.FixedPointUNet(1, 1, width=self.comparison.settings.width)
+        network.load_state_dict(torch.load(file, weights_only=True))
+        return network.eval()
+
+    def crops(self) -> tuple[Any, Callable[[Any, Any], Tensor]]:
+        """The bundle's training loader and loss."""
+        settings = self.comparison.settings
+        parser = self._parser(
+            "train", steps_per_epoch=settings.steps_per_epoch, batch_size=settings.batch_size,
+            patch_size=list(settings.patch_size), num_workers=0,
+        )  # fmt: skip
+        return parser.get_parsed_content("train#dataloader"), parser.get_parsed_content("loss")
+
+    def predict(self, network: nn.Module, folder: Path) -> None:
+        """Write the network's segmentations of the test cases, as the bundle's inference does."""
+        from monai.engines import SupervisedEvaluator
+
+        parser = self._parser("inference", output_dir=str(folder), model="")
+        names = ("dataloader", "inferer", "postprocessing")
+        loader, inferer, postprocessing = (parser.get_parsed_content(name) for name in names)
+        SupervisedEvaluator(
+            device=torch.device("cpu"),
+            val_data_loader=loader,
+            network=network,
+            inferer=inferer,
+            postprocessing=postprocessing,
+        ).run()
+
+    def _parser(self, config: str, **more: Any) -> Any:
+        from monai.bundle import ConfigParser
+
+        parser = ConfigParser()
+        parser.read_config(str(self.comparison.bundle / "configs" / f"{config}.yaml"))
+        parser.update(
+            {"bundle_root": str(self.comparison.bundle), "dataset_dir": str(self.comparison.dataset), "fold": 0,
+             "device": "cpu", "width": self.comparison.settings.width, **more}
+        )  # fmt: skip
+        parser.parse()
+        return parser
+
+
+def bits_of(widths: str) -> tuple[int, int]:
+    """Weight and activation bits of ``W3A4``."""
+    weights, activations = widths[1:].split("A")
+    return int(weights), int(activations)
+
+
+def uniform_plan(network: nn.Module, widths: str, scale: Any) -> uq.QuantPlan:
+    """The same widths everywhere but at the ends."""
+    weights, activations = bits_of(widths)
+    return uq.QuantPlan.uniform(
+        network, f"int{weights}", f"int{activations}", input=f"int{END_BITS}", first=f"int{END_BITS}",
+        last=f"int{END_BITS}", scale=scale, learned=True,
+    )  # fmt: skip
+
+
+def budget_of(network: nn.Module, plan: uq.QuantPlan, image: Tensor) -> list[str]:
+    """The mean widths of a plan, as budgets for another one."""
+    units = workload(network, image).units
+    weights, inputs = (
+        sum(formats.bits * count for formats, count in found) / sum(count for _, count in found)
+        for found in (
+            [(plan[unit.layer].weight, unit.weights) for unit in units],
+            [(plan[unit.layer].input, unit.inputs) for unit in units],
+        )
+    )
+    return [f"weights={weights + 1e-6:.6f}bits", f"activations={inputs + 1e-6:.6f}bits"]
+
+
+def ours(study: Study, row: str, widths: str, batches: Sequence[Any], loss: Any, folder: Path) -> nn.Module:
+    """A network of ours, calibrated, with heads where the row has them."""
+    network = study.network()
+    image = batches[0]["image"][:1]
+    plan = uniform_plan(network, widths, study.scale)
+    if row in ("+ split, mixed", "+ both (SS-QAT)"):
+        budget = budget_of(network, plan, image)
+        uq.split(network, image)
+        plan = ssqat_plan(
+            network, loss, batches, folder, budget=budget, metric=study.metric, scale=study.scale, probes=200
+        )
+    uq.quantize(network, plan, image)
+    uq.calibrate(network, batches)
+    return uq.attach_supervision(network, image) if row in ("+ supervision", "+ both (SS-QAT)") else network
+
+
+def brevitas(network: nn.Module, widths: str, batches: Sequence[Any]) -> nn.Module:
+    """Weight scales per channel from the weights, learned activation scales, unsigned behind ReLU, calibrated."""
+    import brevitas.nn as qnn
+    from brevitas.graph.calibrate import calibration_mode
+    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat, Uint8ActPerTensorFloat
+
+    weights, activations = bits_of(widths)
+    names = [name for name, m in network.named_modules() if isinstance(m, nn.Conv2d)]
+    for name in names:
+        layer = network.get_submodule(name)
+        assert isinstance(layer, nn.Conv2d)
+        first = name == names[0]
+        rounded = qnn.QuantConv2d(
+            layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding, bias=True,
+            weight_quant=Int8WeightPerChannelFloat,
+            weight_bit_width=END_BITS if name in (names[0], names[-1]) else weights,
+            input_quant=Int8ActPerTensorFloat if first else Uint8ActPerTensorFloat,
+            input_bit_width=END_BITS if first else activations, return_quant_tensor=False,
+        )  # fmt: skip
+        rounded.weight.data.copy_(layer.weight.data)
+        assert layer.bias is not None and rounded.bias is not None
+        rounded.bias.data.copy_(layer.bias.data)
+        parent, _, leaf = name.rpartition(".")
+        setattr(network.get_submodule(parent), leaf, rounded)
+    with torch.no_grad(), calibration_mode(network):
+        for batch in batches:
+            network(batch["image"].as_tensor())
+    return network
+
+
+def modelopt(network: nn.Module, widths: str, batches: Sequence[Any]) -> nn.Module:
+    """modelopt's integer configuration (weights per channel, largest magnitudes), unsigned behind ReLU."""
+    import modelopt.torch.quantization as mtq
+
+    weights, activations = bits_of(widths)
+    names = [name for name, m in network.named_modules() if isinstance(m, nn.Conv2d)]
+    config = copy.deepcopy(mtq.INT8_DEFAULT_CFG)
+    for parent in ("nn.MaxPool2d", "nn.Upsample"):
+        config["quant_cfg"].append({"parent_class": parent, "quantizer_name": "*", "enable": False})
+    for name in names:
+        ends = name in (names[0], names[-1])
+        image = name == names[0]
+        config["quant_cfg"] += [
+            {
+                "quantizer_name": f"{name}.weight_quantizer",
+                "cfg": {"num_bits": END_BITS if ends else weights, "axis": 0},
+            },
+            {
+                "quantizer_name": f"{name}.input_quantizer",
+                "cfg": {"num_bits": END_BITS if image else activations, "axis": None, "unsigned": not image},
+            },
+        ]
+
+    def forward_loop(model: nn.Module) -> None:
+        with torch.no_grad():
+            for batch in batches:
+                model(batch["image"].as_tensor())
+
+    quantized: nn.Module = mtq.quantize(network, config, forward_loop)
+    return quantized
+
+
+def train(
+    network: nn.Module, loader: Any, loss: Callable[[Any, Any], Tensor], batches: Sequence[Any], epochs: int, seed: int,
+    groups: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """Train a network in place, the same crops for the same seed; batch norms stand still in the last part where ours."""
+    optimizer = torch.optim.Adam([dict(group) for group in groups])
+    supervised = SkipSupervisionLoss(loss, SUPERVISION)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, uq.training.cosine(epochs))
+    steps, total, losses = 0, epochs * len(loader), []
+    begin = time.monotonic()
+    network.train()
+    for epoch in tqdm(range(1, epochs + 1), desc="training", unit="epoch", leave=False, disable=None):
+        seed_everything(epoch_seed(seed, epoch), loader)
+        if epoch - 1 <= FREEZE_NORMS_AT * epochs < epoch:
+            reestimate_norms(network, batches)
+        freeze_norms(network, epoch, epochs, FREEZE_NORMS_AT)
+        network.train()
+        for batch in loader:
+            supervised.weight = SUPERVISION * supervision_weight(steps / total)
+            optimizer.zero_grad(set_to_none=True)
+            found = supervised(network(batch["image"].as_tensor()), batch["label"].as_tensor())
+            found.backward()
+            optimizer.step()
+            losses.append(float(found.detach()))
+            steps += 1
+        scheduler.step()
+    seconds = time.monotonic() - begin
+    return {
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        "loss": float(np.mean(losses[-len(losses) // epochs :])),
+    }
+
+
+def run(study: Study, row: str, widths: str, seed: int) -> dict[str, Any]:
+    """Train and test one row, or find it done."""
+    folder = (
+        study.out
+        / study.kind
+        / (widths if row not in (FLOAT, CONTROL) else "float")
+        / _slug(row)
+        / f"seed{seed}"
+    )
+    file = folder / "score.json"
+    with alone(folder):
+        if file.exists():
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        loader, loss = study.crops()
+        seed_everything(0, loader)
+        batches = [batch for batch, _ in zip(loader, range(CALIBRATION_BATCHES), strict=False)]
+        torch.manual_seed(seed)
+        result: dict[str, Any] = {"row": row, "widths": widths, "seed": seed}
+        network = study.network()
+        with contextlib.redirect_stdout(sys.stderr):  # peers print what they do
+            if row in PEERS:
+                network = (brevitas if row == "Brevitas" else modelopt)(network, widths, batches)
+            elif row not in (FLOAT, CONTROL):
+                network = ours(study, row, widths, batches, loss, study.out / study.kind / widths)
+        if row != FLOAT:
+            mine = row not in PEERS and row != CONTROL
+            groups = (
+                parameter_groups(network, LEARNING_RATE)
+                if mine
+                else [{"params": list(network.parameters()), "lr": LEARNING_RATE}]
+            )
+            if mine:
+                reestimate_norms(network, batches)
+            result |= train(network, loader, loss, batches, study.epochs, seed, groups)
+            if not mine:
+                reestimate_norms(network, batches)
+        uq.strip(network.eval())
+        if row not in (FLOAT, CONTROL, *PEERS):
+            work = workload(network, torch.zeros(1, 1, 200, 200))
+            cost = layer_costs(work.units, uq.plan_of(network), work.other_parameters)
+            result |= {"weight_bytes": cost.weight_bytes, "bops": cost.bops}
+            uq.plan_of(network).save(folder / "plan.json")
+            uq.pack(network, folder / "model.unetq")
+        study.predict(network, folder / "predictions")
+        result |= tested(study, folder / "predictions")
+        write_json(file, result)
+    return result
+
+
+def tested(study: Study, predictions: Path) -> dict[str, Any]:
+    """Dice of each unit (EM: slice; GM: person; NIH: patient); boundary Dice and HD95 of each slice with the structure."""
+    cases = data_list(study.comparison.dataset, 0, "test")
+    found: dict[str, Any] = score(study.comparison.kind, cases, predictions)
+    found |= {"nsd": {}, "hd95": {}}
+    for case in cases:
+        label, predicted = read_mask(Path(case["label"])), read_mask(prediction_file(predictions, case))
+        if label.ndim == 2:
+            label, predicted = label[None], predicted[None]
+        for number, (true, guess) in enumerate(zip(label, predicted, strict=True)):
+            if true.any():
+                measured = measures_of(guess[None].astype(np.uint8), true[None].astype(np.uint8))
+                for name in ("nsd", "hd95"):
+                    found[name][f"{case['case']}/{number}"] = measured[name]
+    return found
+
+
+def _slug(row: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in row).strip("-").lower()
+
+
+def collected(study: Study) -> dict[str, Any]:
+    """Everything that is there, as one document."""
+    files = sorted((study.out / study.kind).glob("*/*/seed*/score.json"))
+    settings = study.comparison.settings
+    return {
+        "kind": study.kind, "versions": versions(), "preset": study.comparison.preset, "width": settings.width,
+        "float_steps": settings.float_epochs * settings.steps_per_epoch, "steps": study.epochs * settings.steps_per_epoch,
+        "batch_size": settings.batch_size, "patch_size": list(settings.patch_size), "scale": study.scale,
+        "metric": study.metric, "rows": [json.loads(file.read_text(encoding="utf-8")) for file in files],
+    }  # fmt: skip
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and the half width of its 95 % Student interval."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return f"{mean:+.2f}"
+    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    return f"{mean:+.2f} ± {half:.2f}"
+
+
+def changes(document: Mapping[str, Any], row: str, widths: str, measure: str) -> list[float]:
+    """Change to the float network, one number for each unit and seed."""
+    (reference,) = (r for r in document["rows"] if r["row"] == FLOAT)
+    return [
+        value - reference[measure][unit]
+        for found in document["rows"]
+        if (found["row"], found["widths"]) == (row, widths) and measure in found
+        for unit, value in found[measure].items()
+    ]
+
+
+def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page's tables, made from the JSON documents alone."""
+    lines = [BEGIN]
+    for kind, document in documents.items():
+        (reference,) = (r for r in document["rows"] if r["row"] == FLOAT)
+        measures = [m for m in MEASURES if m in reference]
+        names = {
+            "dice": "Dice",
+            "membrane_dice": "membrane Dice",
+            "nsd": "boundary Dice",
+            "hd95": "HD95 [px]",
+        }
+        float_line = ", ".join(f"{names[m]} {np.mean(list(reference[m].values())):.2f}" for m in measures)
+        lines += ["", f"## {kind.upper()}", "", f"Float: {float_line}. Change to it, mean and 95 % interval over test units and seeds:", ""]  # fmt: skip
+        lines += [
+            "| widths | row | seeds | weights [KiB] | GBOPs | "
+            + " | ".join(names[m] for m in measures)
+            + " |"
+        ]
+        lines += ["|---|---|---:|---:|---:|" + "---:|" * len(measures)]
+        for widths in (FLOAT, *WIDTHS):
+            for row in (CONTROL,) if widths == FLOAT else ROWS:
+                found = [r for r in document["rows"] if (r["row"], r["widths"]) == (row, widths)]
+                if not found:
+                    continue
+                size = f"{found[0]['weight_bytes'] / 1024:.1f}" if "weight_bytes" in found[0] else ""
+                bops = f"{found[0]['bops'] / 1e9:.1f}" if "bops" in found[0] else ""
+                cells = [interval(changes(document, row, widths, m)) for m in measures]
+                lines.append(f"| {widths} | {row} | {len(found)} | {size} | {bops} | {' | '.join(cells)} |")
+        lines += [
+            "", f"Width {document['width']}, {document['float_steps']} float steps, then {document['steps']} steps for every "
+            f"row, batch {document['batch_size']}, crops {'×'.join(map(str, document['patch_size']))}, {document['scale']} "
+            f"scales, bits allocated by {document['metric']}; the last step's network is tested.",
+        ]  # fmt: skip
+    return "\n".join([*lines, END])
+
+
+def write_page(source: Path, folder: Path) -> None:
+    """The documents of ``--out`` beside the page, and the page's tables anew; its other text stays."""
+    documents = {}
+    for kind in ("em", "gm", "nih"):
+        if (source / f"{kind}.json").exists():
+            documents[kind] = json.loads((source / f"{kind}.json").read_text(encoding="utf-8"))
+    page = folder / "ssqat.md"
+    text = page.read_text(encoding="utf-8") if page.exists() else f"{BEGIN}\n{END}\n"
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    for kind, document in documents.items():
+        write_json(folder / f"ssqat-{kind}.json", document)
+    page.write_text(before + markdown(documents) + after, encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the study of one data set, or write the page; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "kind", choices=("em", "gm", "nih", "page"), help="a data set; page: write --page from --out"
+    )
+    parser.add_argument("--dataset", type=Path, metavar="DIR", help="the prepared data set")
+    parser.add_argument("--study", type=Path, metavar="DIR", help="--out of unetq reproduce")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="everything is kept there")
+    parser.add_argument(
+        "--page", type=Path, metavar="DIR", default=Path("docs/results"), help="folder of the page"
+    )
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu", help="of unetq reproduce")
+    parser.add_argument(
+        "--widths", nargs="+", choices=WIDTHS, default=WIDTHS, metavar="WnAm", help="(default: all)"
+    )
+    parser.add_argument(
+        "--rows", nargs="+", choices=(CONTROL, *ROWS), default=(CONTROL, *ROWS), metavar="ROW"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="(default: 0)")
+    parser.add_argument(
+        "--epochs", type=int, default=8, metavar="N", help="of every row (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--metric", choices=("hessian", "fisher", "sqnr"), default="hessian", help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--scale", choices=("free", "power-of-two"), default="free", help="of ours (%(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    if options.kind == "page":
+        write_page(options.out, options.page)
+        return 0
+    bundle = Path(__file__).parents[1] / "bundles" / f"{options.kind}_unet"
+    settings = replace(PRESETS[options.preset][options.kind])
+    comparison = Comparison(
+        options.kind, options.dataset.resolve(), bundle.resolve(), options.study / options.kind / options.preset,
+        options.preset, settings,
+    )  # fmt: skip
+    study = Study(comparison, options.out, options.epochs, options.scale, options.metric)
+    jobs = [(FLOAT, FLOAT, 0)]
+    for seed in options.seeds:
+        jobs += [(CONTROL, FLOAT, seed)] if CONTROL in options.rows else []
+        jobs += [(row, widths, seed) for widths in options.widths for row in options.rows if row != CONTROL]
+    for row, widths, seed in tqdm(jobs, desc=f"{options.kind}: rows", unit="row", disable=None):
+        found = run(study, row, widths, seed)
+        dice, nsd = (float(np.mean(list(found[m].values()))) for m in ("dice", "nsd"))
+        tqdm.write(f"{options.kind} {widths} {row} seed {seed}: Dice {dice:.2f}, boundary Dice {nsd:.2f}")
+        write_json(options.out / f"{options.kind}.json", collected(study))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""The study of SS-QAT: a run of seconds on a phantom, the page from its JSON, changes and budgets by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import monai_unetq as uq
+from monai_unetq.datasets import write_phantom
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "ssqat.py"
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    """The script as a module."""
+    specification = importlib.util.spec_from_file_location("ssqat_benchmark", SCRIPT)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_widths_are_read(study: ModuleType) -> None:
+    assert study.bits_of("W3A4") == (3, 4)
+
+
+def test_a_mixed_plan_may_take_what_the_uniform_one_takes(study: ModuleType) -> None:
+    network, image = uq.networks.FixedPointUNet(1, 1, width=2), torch.zeros(1, 1, 16, 16)
+    plan = study.uniform_plan(network, "W3A2", "free")
+    # 3 bits but for the first (18) and last (18) weights; 2 but for the image: 256 of 27·256 input values.
+    weights = sum(m.weight.numel() for m in network.modules() if isinstance(m, torch.nn.Conv2d))
+    found = [text.partition("=")[2].removesuffix("bits") for text in study.budget_of(network, plan, image)]
+    assert float(found[0]) == pytest.approx(3 + 5 * 36 / weights, abs=2e-6)
+    calls = uq.observe(network, image).calls
+    values = sum(torch.Size(call.input_shape).numel() for call in calls)
+    assert float(found[1]) == pytest.approx(2 + 6 * 256 / values, abs=2e-6)
+
+
+def test_changes_are_paired_by_unit(study: ModuleType) -> None:
+    rows: list[dict[str, Any]] = [
+        {"row": "float", "widths": "float", "seed": 0, "dice": {"a": 90.0, "b": 80.0}},
+        {"row": "uniform", "widths": "W3A3", "seed": 0, "dice": {"a": 89.0, "b": 80.5}},
+        {"row": "uniform", "widths": "W3A3", "seed": 1, "dice": {"a": 88.0, "b": 79.0}},
+        {"row": "uniform", "widths": "W2A2", "seed": 0, "dice": {"a": 1.0, "b": 1.0}},
+    ]
+    assert study.changes({"rows": rows}, "uniform", "W3A3", "dice") == [-1.0, 0.5, -2.0, -1.0]
+    assert study.interval([-1.0]) == "-1.00"
+    # mean 2, standard deviation 1, t(0.975, 2) = 4.303: 4.303 / √3 = 2.48
+    assert study.interval([1.0, 2.0, 3.0]) == "+2.00 ± 2.48"
+
+
+def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = write_phantom("em", tmp_path / "raw", dimensions=2, size=48, count=6)
+    small = study.PRESETS["quick"]["em"]
+    small = study.replace(small, width=2, steps_per_epoch=2, batch_size=2, patch_size=(32, 32))
+    monkeypatch.setattr(study, "PRESETS", {"cpu": {"em": small}})
+    base = tmp_path / "study" / "em" / "cpu" / "float-relu" / "fold0-seed0"
+    base.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(uq.networks.FixedPointUNet(1, 1, width=2).state_dict(), base / "model.pt")
+    rows = ["float, trained on", "+ both (SS-QAT)", "Brevitas"]
+    arguments = [
+        "em",
+        "--dataset",
+        str(dataset),
+        "--study",
+        str(tmp_path / "study"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    arguments += ["--widths", "W3A4", "--rows", *rows, "--epochs", "2", "--metric", "fisher"]
+    assert study.main(arguments) == 0
+    document = json.loads((tmp_path / "out" / "em.json").read_text())
+    assert {row["row"] for row in document["rows"]} == {"float", *rows}
+    (ours,) = (row for row in document["rows"] if row["row"] == "+ both (SS-QAT)")
+    assert ours["steps"] == 4 and ours["weight_bytes"] > 0 and ours["bops"] > 0
+    assert set(ours["dice"]) == set(ours["membrane_dice"]) and set(ours["nsd"]) == set(ours["hd95"])
+    packed = next((tmp_path / "out").rglob("model.unetq"))
+    assert uq.inspect_packed(packed)["plan"]["layers"]["decoder.0.conv1"]["parts"] == [["skip", 8], ["up", 8]]
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("score.json")}
+    study.main(arguments)
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("score.json")}
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    (pages / "ssqat.md").write_text(f"before\n{study.BEGIN}\nold\n{study.END}\nafter\n")
+    study.main(["page", "--out", str(tmp_path / "out"), "--page", str(pages)])
+    text = (pages / "ssqat.md").read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| W3A4 | + both (SS-QAT) | 1 |" in text
+    assert json.loads((pages / "ssqat-em.json").read_text()) == document
