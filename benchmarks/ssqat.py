@@ -66,7 +66,7 @@ class Study:
     out: Path
     epochs: int
     scale: Any = "free"
-    metric: Any = "hessian"
+    metric: Any = "sqnr"
 
     @property
     def kind(self) -> str:
@@ -436,7 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--epochs", type=int, default=8, metavar="N", help="of every row (default: %(default)s)"
     )
     parser.add_argument(
-        "--metric", choices=("hessian", "fisher", "sqnr"), default="hessian", help="(%(default)s)"
+        "--metric", choices=("hessian", "fisher", "sqnr"), default="sqnr", help="(%(default)s)"
     )
     parser.add_argument(
         "--scale", choices=("free", "power-of-two"), default="free", help="of ours (%(default)s)"

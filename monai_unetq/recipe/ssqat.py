@@ -65,7 +65,7 @@ def ssqat_plan(
     *,
     budget: Sequence[str] | str = ("weights=4bits", "activations=4bits"),
     choices: Sequence[int] = (2, 3, 4, 6, 8),
-    metric: Metric = "hessian",
+    metric: Metric = "sqnr",
     probes: int = 200,
     method: Literal["optimal", "uniform", "random"] = "optimal",
     scale: Literal["power-of-two", "free"] = "power-of-two",
@@ -83,7 +83,8 @@ def ssqat_plan(
             arguments. That data and loss are the same is up to you.
         budget: see ``allocate``.
         choices: bit widths.
-        metric: what Ω is made of: Hessian traces, squared gradients, or signal to noise.
+        metric: what Ω is made of: signal to noise, Hessian traces (the paper's; they settle slowly on structures that few
+            crops show, see docs/results/sensitivity.md), or squared gradients.
         probes: most probes of the Hessian.
         method: see ``allocate``.
         scale: see ``QuantPlan``.
@@ -127,6 +128,7 @@ def ssqat_plan(
             sensitivities = hessian_traces(
                 network, loss, drawn, probes=probes, seed=seed, state=state, **options
             )
+            _warn_of_unsettled(sensitivities)
         elif metric == "fisher":
             sensitivities = fisher(network, loss, drawn, **options)
         elif metric == "sqnr":
@@ -313,3 +315,14 @@ def _check_loss(engine: Engine) -> None:
     loss = engine.state.output["loss"].item()  # type: ignore[index]
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss} at step {engine.state.iteration}: lower the learning rate")
+
+
+def _warn_of_unsettled(sensitivities: Sensitivities) -> None:
+    """Traces within their errors rank nothing, and below zero they say that rounding costs nothing."""
+    unsettled = [name for name, entry in sensitivities.items() if entry.trace <= entry.error]
+    if unsettled:
+        logger.warning(
+            "%d of %d Hessian traces have not settled after %d probes (%s, …): they cannot be told from 0, and bits are "
+            "allocated as if rounding cost nothing there; give more probes, larger batches, or metric='sqnr'",
+            len(unsettled), len(sensitivities), sensitivities.conditions["probes"], ", ".join(unsettled[:3]),
+        )  # fmt: skip

@@ -21,7 +21,11 @@ from monai_unetq.surgery import calibrate, find_skips, quantized_layers, split
 from monai_unetq.training import bce_dice_loss, reestimate_norms
 
 EPOCHS = 3
-OPTIONS: dict[str, Any] = {"budget": ["weights=3.5bits", "activations=4bits"], "probes": 16}
+OPTIONS: dict[str, Any] = {
+    "budget": ["weights=3.5bits", "activations=4bits"],
+    "metric": "hessian",
+    "probes": 16,
+}
 
 
 class KilledError(Exception):
@@ -162,6 +166,13 @@ def test_the_network_that_was_given_is_left_as_it_is(tmp_path: Path) -> None:
     )
     after = network.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_traces_that_have_not_settled_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    network, batches = make_network(), list(make_loader())
+    ssqat_plan(network, bce_dice_loss(), batches, metric="hessian", probes=2)
+    assert "Hessian traces have not settled after 2 probes" in caplog.text
+    assert "metric='sqnr'" in caplog.text
 
 
 def test_mistakes(tmp_path: Path) -> None:
