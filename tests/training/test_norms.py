@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from monai_unetq.layers import PairedNorm
 from monai_unetq.surgery import calibrate
 from monai_unetq.training import freeze_norms, reestimate_norms
+from monai_unetq.training.norms import norms_stand_still
 from tests.surgery.learned import IMAGES, quantized, run, same, state, unet
 
 
@@ -77,3 +78,15 @@ def test_paired_norms_freeze_in_the_last_share_of_the_quantized_epochs() -> None
         module.training for module in freeze_norms(network, 6, 6, 0.0).train().modules() if module in norms
     )
     freeze_norms(unet(), 6, 6, 0.0)  # a float network has no pair
+
+
+def test_norms_stand_still_from_one_epoch_on() -> None:
+    def still(epochs: int, share: float, start_epoch: int = 0) -> list[bool]:
+        return [norms_stand_still(epoch, epochs, share, start_epoch) for epoch in range(1, epochs + 1)]
+
+    assert still(4, 0.5) == [False, False, True, True]
+    assert still(10, 0.7) == [False] * 7 + [True] * 3
+    assert still(4, 0.5, start_epoch=2) == [False, False, False, True]
+    assert still(4, 0.0, start_epoch=2) == [False, False, True, True]  # of the quantized epochs all
+    assert still(4, 1.0) == [False] * 4
+    assert still(1, 0.7) == [True]  # the only epoch ends after its share
