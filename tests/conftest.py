@@ -9,10 +9,12 @@ import pytest
 from hypothesis import settings
 
 # Read by torch when it is first imported, here and in the processes that tests start. Under pytest-xdist every
-# worker is a process, so one thread each.
-_THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+# worker is a process, so one thread each; it inherits what this file set in the process that started it.
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_variable, _THREADS)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ[_variable] = "1"
+    else:
+        os.environ.setdefault(_variable, "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Examples that load a network for the first time are slow: no deadline. In CI the same examples every time.

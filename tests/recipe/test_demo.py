@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -87,7 +88,8 @@ def test_the_float_stage_is_reused_by_another_format(
         trained.append(arguments[5])
         return train(*arguments)
 
-    monkeypatch.setattr(recipe, "train", watched)
+    # The function `demo` of the package hides its module of the same name.
+    monkeypatch.setattr(importlib.import_module("monai_unetq.recipe.demo"), "train", watched)
     again = recipe.demo(stack, out, **SMALL)
     assert trained == []
     assert again["rows"] == results["rows"]
