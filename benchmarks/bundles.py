@@ -28,6 +28,7 @@ from monai_unetq.deploy import inspect_packed
 from monai_unetq.metrics import summarize
 from monai_unetq.recipe import versions, write_json
 from monai_unetq.reproduction import Kind, score
+from monai_unetq.reproduction.pages import between
 
 BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
 FLOAT, LONGER = "float", "float, trained on"
@@ -180,12 +181,8 @@ def write_table(kind: str, preset: str, settings: Settings, study: Path) -> None
     }
     write_json(docs / "results.json", document)
     readme = docs / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, _, rest = text.partition(MARKS[0])
-    _, found, after = rest.partition(MARKS[1])
-    if not found:
-        raise SystemExit(f"{readme}: the marks {MARKS} are missing")
-    readme.write_text(f"{before}{MARKS[0]}\n{table(document)}\n{MARKS[1]}{after}", encoding="utf-8")
+    text = between(readme.read_text(encoding="utf-8"), *MARKS, f"{table(document)}\n")
+    readme.write_text(text, encoding="utf-8")
     print(table(document))
 
 

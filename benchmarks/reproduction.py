@@ -16,6 +16,7 @@ from pathlib import Path
 
 from monai_unetq.recipe import write_json
 from monai_unetq.reproduction import ACTIVATIONS, markdown, studies_markdown
+from monai_unetq.reproduction.pages import between
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 
@@ -39,27 +40,20 @@ def main() -> None:
             continue
         document = json.loads(source.read_text(encoding="utf-8"))
         documents[kind] = document
-        text = between(text, kind, markdown(document))
+        text = replaced(text, kind, markdown(document))
         if document["studies"]:
-            text = between(text, f"{kind} studies", studies_markdown(document))
+            text = replaced(text, f"{kind} studies", studies_markdown(document))
     for kind, document in documents.items():
         write_json(options.out / f"reproduction-{kind}.json", document)
     page.write_text(text, encoding="utf-8")
     print(page)
 
 
-def between(text: str, name: str, table: str) -> str:
-    """The text with what stands between the marks of a name replaced.
-
-    Raises:
-        SystemExit: if the marks are missing.
-    """
-    begin, end = f"<!-- {name}: made by benchmarks/reproduction.py -->", f"<!-- end of {name} -->"
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise SystemExit(f"the marks {begin!r} and {end!r} are missing")
-    return f"{before}{begin}\n{table}{end}{after}"
+def replaced(text: str, name: str, table: str) -> str:
+    """The text with what stands between the marks of a name replaced."""
+    return between(
+        text, f"<!-- {name}: made by benchmarks/reproduction.py -->", f"<!-- end of {name} -->", table
+    )
 
 
 if __name__ == "__main__":

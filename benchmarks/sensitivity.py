@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,15 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 import monai_unetq as uq
 from monai_unetq.datasets import data_list
 from monai_unetq.recipe import versions, write_json
+from monai_unetq.report.sensitivity import sensitivity_figure
+from monai_unetq.reproduction.pages import interval, write_page
 from monai_unetq.reproduction.run import PRESETS, Comparison, alone, score
-from monai_unetq.sensitivity import Sensitivities, fisher, hessian_traces, score_drop, sqnr
+from monai_unetq.sensitivity import Sensitivities, Sensitivity, fisher, hessian_traces, score_drop, sqnr
 from monai_unetq.sensitivity.table import KINDS, tensor_name
+from monai_unetq.surgery.workload import Unit
 
 EXAMPLES = """\
 examples:
@@ -40,7 +42,7 @@ BATCH = 2
 AVERAGES = (4.0, 3.0)
 """Mean bits of the weights; activations have 8."""
 
-BEGIN, END = "<!-- made by benchmarks/sensitivity.py -->", "<!-- end -->"
+MARKS = "<!-- made by benchmarks/sensitivity.py -->", "<!-- end -->"
 
 METRICS = ("hessian", "fisher", "sqnr", "drop")
 DRAWS = 3
@@ -222,15 +224,6 @@ def _train(study: Study, plan: uq.QuantPlan, folder: Path, seed: int) -> None:
         write_json(folder / "score.json", score(comparison.kind, cases, folder / "predictions"))
 
 
-def interval(values: Sequence[float]) -> str:
-    """Mean and the half width of its 95 % Student interval."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return f"{mean:.2f}"
-    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
-    return f"{mean:.2f} ± {half:.2f}"
-
-
 def traces(found: Sensitivities) -> list[dict[str, Any]]:
     """Average Hessian traces with their standard errors, and MACs, of every layer and part."""
     rows = []
@@ -244,6 +237,18 @@ def traces(found: Sensitivities) -> list[dict[str, Any]]:
             }
         )  # fmt: skip
     return rows
+
+
+def figure_of(document: Mapping[str, Any], path: Path) -> Path:
+    """The traces and MACs of a document as a figure."""
+    entries, units = {}, []
+    for row in document["traces"]:
+        units.append(Unit(row["layer"], row["part"], row["weights"], 0, 0, row["macs"]))
+        for kind in KINDS:
+            trace, error = row[f"{kind}_trace"], row[f"{kind}_error"]
+            entry = Sensitivity(row["layer"], row["part"], kind, 0, trace, error, {8: 0.0}, {8: 0.0})
+            entries[entry.name] = entry
+    return sensitivity_figure(Sensitivities(entries, "hessian", tuple(units), 0, (1,), {}), path)
 
 
 def ratios(rows: Sequence[dict[str, Any]], key: str) -> list[tuple[str, float | None]]:
@@ -260,9 +265,9 @@ def ratios(rows: Sequence[dict[str, Any]], key: str) -> list[tuple[str, float | 
     return found
 
 
-def markdown(documents: dict[str, dict[str, Any]]) -> str:
+def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
     """The page's tables, made from the JSON documents alone."""
-    lines = [BEGIN]
+    lines: list[str] = []
     for kind, document in documents.items():
         rows, probes = document["traces"], document["probes"]
         lines += [
@@ -280,10 +285,10 @@ def markdown(documents: dict[str, dict[str, Any]]) -> str:
             cells = ("–" if ratio is None else f"{ratio:.2f}" for ratio in (image, weight, macs))
             lines.append(f"| {layer} | {' | '.join(cells)} |")
         lines += ["", *_results(document)]
-    return "\n".join([*lines, END])
+    return "\n".join([*lines, ""])
 
 
-def _results(document: dict[str, Any]) -> list[str]:
+def _results(document: Mapping[str, Any]) -> list[str]:
     """Dice of every plan, without and with training."""
     full = float(np.mean(list(document["ptq"][0]["dice"].values())))
     widths = sorted({row["bits"] for row in document["ptq"][1:]}, reverse=True)
@@ -342,7 +347,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--measure-only", action="store_true", help="sensitivities, no plans")
     options = parser.parse_args(arguments)
     if options.kind == "page":
-        write_page(options.out, options.page)
+        documents = write_page("sensitivity", options.out, options.page, MARKS, markdown)
+        for kind, document in documents.items():
+            figure_of(document, options.page / f"sensitivity-{kind}.svg")
         return 0
     bundle = Path(__file__).parents[1] / "bundles" / f"{options.kind}_unet"
     comparison = Comparison(
@@ -362,22 +369,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     write_json(options.out / f"{options.kind}.json", document)
     return 0
-
-
-def write_page(source: Path, folder: Path) -> None:
-    """The documents of ``--out`` beside the page, and the page's tables anew; its other text stays."""
-    documents = {}
-    for kind in ("em", "gm", "nih"):
-        if (source / f"{kind}.json").exists():
-            documents[kind] = json.loads((source / f"{kind}.json").read_text(encoding="utf-8"))
-    page = folder / "sensitivity.md"
-    text = page.read_text(encoding="utf-8") if page.exists() else f"{BEGIN}\n{END}\n"
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    tables = markdown(documents)
-    for kind, document in documents.items():
-        write_json(folder / f"sensitivity-{kind}.json", document)
-    page.write_text(before + tables + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -30,6 +29,7 @@ from monai_unetq.allocation.cost import layer_costs
 from monai_unetq.datasets import data_list
 from monai_unetq.metrics import score as measures_of
 from monai_unetq.recipe import ssqat_plan, versions, write_json
+from monai_unetq.reproduction.pages import interval, write_page
 from monai_unetq.reproduction.run import PRESETS, Comparison, alone, prediction_file, read_mask, score
 from monai_unetq.surgery.workload import workload
 from monai_unetq.training import SkipSupervisionLoss, freeze_norms, parameter_groups, reestimate_norms
@@ -55,7 +55,7 @@ END_BITS = 8
 """Of the image, and of the first and last layer's weights, in every row."""
 
 MEASURES = ("dice", "membrane_dice", "nsd", "hd95")
-BEGIN, END = "<!-- made by benchmarks/ssqat.py -->", "<!-- end -->"
+MARKS = "<!-- made by benchmarks/ssqat.py -->", "<!-- end -->"
 
 
 @dataclass(frozen=True)
@@ -338,15 +338,6 @@ def collected(study: Study) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def interval(values: Sequence[float]) -> str:
-    """Mean and the half width of its 95 % Student interval."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return f"{mean:+.2f}"
-    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
-    return f"{mean:+.2f} ± {half:.2f}"
-
-
 def changes(document: Mapping[str, Any], row: str, widths: str, measure: str) -> list[float]:
     """Change to the float network, one number for each unit and seed."""
     (reference,) = (r for r in document["rows"] if r["row"] == FLOAT)
@@ -360,7 +351,7 @@ def changes(document: Mapping[str, Any], row: str, widths: str, measure: str) ->
 
 def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
     """The page's tables, made from the JSON documents alone."""
-    lines = [BEGIN]
+    lines: list[str] = []
     for kind, document in documents.items():
         (reference,) = (r for r in document["rows"] if r["row"] == FLOAT)
         measures = [m for m in MEASURES if m in reference]
@@ -385,29 +376,14 @@ def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
                     continue
                 size = f"{found[0]['weight_bytes'] / 1024:.1f}" if "weight_bytes" in found[0] else ""
                 bops = f"{found[0]['bops'] / 1e9:.1f}" if "bops" in found[0] else ""
-                cells = [interval(changes(document, row, widths, m)) for m in measures]
+                cells = [interval(changes(document, row, widths, m), "+") for m in measures]
                 lines.append(f"| {widths} | {row} | {len(found)} | {size} | {bops} | {' | '.join(cells)} |")
         lines += [
             "", f"Width {document['width']}, {document['float_steps']} float steps, then {document['steps']} steps for every "
             f"row, batch {document['batch_size']}, crops {'×'.join(map(str, document['patch_size']))}, {document['scale']} "
             f"scales, bits allocated by {document['metric']}; the last step's network is tested.",
         ]  # fmt: skip
-    return "\n".join([*lines, END])
-
-
-def write_page(source: Path, folder: Path) -> None:
-    """The documents of ``--out`` beside the page, and the page's tables anew; its other text stays."""
-    documents = {}
-    for kind in ("em", "gm", "nih"):
-        if (source / f"{kind}.json").exists():
-            documents[kind] = json.loads((source / f"{kind}.json").read_text(encoding="utf-8"))
-    page = folder / "ssqat.md"
-    text = page.read_text(encoding="utf-8") if page.exists() else f"{BEGIN}\n{END}\n"
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    for kind, document in documents.items():
-        write_json(folder / f"ssqat-{kind}.json", document)
-    page.write_text(before + markdown(documents) + after, encoding="utf-8")
+    return "\n".join([*lines, ""])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -443,7 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     if options.kind == "page":
-        write_page(options.out, options.page)
+        write_page("ssqat", options.out, options.page, MARKS, markdown)
         return 0
     bundle = Path(__file__).parents[1] / "bundles" / f"{options.kind}_unet"
     settings = replace(PRESETS[options.preset][options.kind])

@@ -104,7 +104,7 @@ def add_sensitivity_command(commands: Any, command: Callable[..., argparse.Argum
         help="keys of the configuration that the training overrode, such as width=16",
     )
     parser.add_argument(
-        "--figure", type=Path, metavar="FILE", help="a PNG file: trace and MACs of each layer"
+        "--figure", type=Path, metavar="FILE", help="a PNG or SVG file: trace and MACs of each layer"
     )
     parser.set_defaults(run=_sensitivity, after_interrupt="; the same command goes on")
 

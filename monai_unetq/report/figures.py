@@ -245,10 +245,16 @@ def _figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
         FigureCanvasAgg(figure)  # attaches itself
         yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".png")
+        kind = path.suffix.removeprefix(".") or "png"
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=f".{kind}")
         try:
-            with os.fdopen(handle, "wb") as file:
-                figure.savefig(file, format="png", dpi=_DPI)
+            # An SVG is the same for the same data: no date, and names that follow from the file's.
+            with (
+                os.fdopen(handle, "wb") as file,
+                rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}),
+            ):
+                metadata = {"Date": None} if kind == "svg" else None
+                figure.savefig(file, format=kind, dpi=_DPI, metadata=metadata)
             os.chmod(temporary, 0o644)  # mkstemp makes files for the owner alone
             os.replace(temporary, path)
         except BaseException:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from matplotlib.ticker import FixedLocator, NullLocator
+
 from .figures import _COLORS, _SOFT, _figure
 
 if TYPE_CHECKING:
@@ -18,6 +20,10 @@ __all__ = ["sensitivity_figure"]
 
 _KINDS = {"skip": _COLORS[0], "up": _COLORS[1], "layer": _SOFT}
 _NAMES = {"hessian": "average Hessian trace", "fisher": "mean squared gradient", "sqnr": "1/power"}
+
+
+_FLAT = 30.0
+"""Largest number over the median beyond which a linear axis would show most bars flat."""
 
 
 class _Bar(NamedTuple):
@@ -39,7 +45,7 @@ def sensitivity_figure(sensitivities: Sensitivities, path: Path) -> Path:
 
     Args:
         sensitivities: of any metric.
-        path: the PNG file to write.
+        path: the PNG or SVG file to write.
 
     Returns:
         ``path``.
@@ -66,6 +72,12 @@ def sensitivity_figure(sensitivities: Sensitivities, path: Path) -> Path:
         axes = figure.subplots(len(panels), 1, sharex=True)
         for axis, (title, bars) in zip(axes, panels.items(), strict=True):
             _bars(axis, bars, {layer: place for place, layer in enumerate(layers)})
+            threshold = _linear_up_to(bars)
+            if threshold:
+                axis.set_yscale("symlog", linthresh=threshold)
+                axis.yaxis.set_major_locator(FixedLocator(_ticks(bars, threshold)))
+                axis.yaxis.set_minor_locator(NullLocator())
+                title += f" (logarithmic beyond ±{threshold:.0e})"
             axis.set_title(title, loc="left")
             axis.grid(axis="y")
         axes[-1].set_xticks(range(len(layers)), layers, rotation=45, ha="right", rotation_mode="anchor")
@@ -79,6 +91,28 @@ def _bar(entry: Sensitivity, bits: int) -> _Bar:
     if math.isfinite(entry.trace):
         return _Bar(entry.layer, entry.part, entry.trace, entry.error if math.isfinite(entry.error) else 0.0)
     return _Bar(entry.layer, entry.part, entry.omega[bits], 0.0)
+
+
+def _linear_up_to(bars: list[_Bar]) -> float | None:
+    """Where a logarithmic axis has to begin so that every bar shows; None where a linear one shows them all.
+
+    Numbers of one network span five decades, and noise has both signs: within the median standard error the axis is
+    linear. Without errors (MACs have none) it begins at the smallest number.
+    """
+    sizes = sorted(abs(bar.value) for bar in bars if bar.value)
+    if not sizes or sizes[-1] < _FLAT * sizes[len(sizes) // 2]:
+        return None
+    errors = sorted(bar.error for bar in bars if bar.error)
+    return errors[len(errors) // 2] if errors else sizes[0]
+
+
+def _ticks(bars: list[_Bar], threshold: float) -> list[float]:
+    """0 and the powers of ten beyond the threshold, every other one where there are many, of the signs that occur."""
+    largest = max(abs(bar.value) for bar in bars)
+    powers = list(range(math.ceil(math.log10(threshold)), math.floor(math.log10(largest)) + 1))
+    sizes = [10.0**power for power in powers[:: 1 + (len(powers) > 3)]]
+    negative = [-size for size in sizes if any(bar.value - bar.error < -size for bar in bars)]
+    return [*negative, 0.0, *sizes]
 
 
 def _bars(axis: Axes, bars: list[_Bar], places: Mapping[str, int]) -> None:

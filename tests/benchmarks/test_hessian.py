@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -12,18 +11,15 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "hessian.py"
+from tests.benchmarks.scripts import BENCHMARKS, load
+
+SCRIPT = BENCHMARKS / "hessian.py"
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
     """The script as a module."""
-    specification = importlib.util.spec_from_file_location("hessian_benchmark", SCRIPT)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
+    return load("hessian")
 
 
 def test_json_and_page_hold_every_row_and_rows_agree(benchmark: ModuleType, tmp_path: Path) -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "qat_step.py"
+from tests.benchmarks.scripts import BENCHMARKS, load
+
+SCRIPT = BENCHMARKS / "qat_step.py"
 ROUNDS = 2
 OWN = ("monai-unetq int8/int8", "monai-unetq int8/int8 learned", "monai-unetq Q6.0/Q0.4")
 PEERS = ("Brevitas int8/int8", "modelopt int8/int8", "modelopt int8/int8 default")
@@ -44,12 +44,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, A
 @pytest.fixture(scope="module")
 def qat_step() -> ModuleType:
     """The script as a module."""
-    specification = importlib.util.spec_from_file_location("qat_step", SCRIPT)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
+    return load("qat_step")
 
 
 def test_table_has_a_row_for_each_contender_and_norm(measured: tuple[str, dict[str, Any]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,18 +12,15 @@ from types import ModuleType
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "split.py"
+from tests.benchmarks.scripts import BENCHMARKS, load
+
+SCRIPT = BENCHMARKS / "split.py"
 
 
 @pytest.fixture(scope="module")
 def split() -> ModuleType:
     """The script as a module."""
-    specification = importlib.util.spec_from_file_location("split_benchmark", SCRIPT)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
+    return load("split")
 
 
 def test_json_and_page_hold_every_row(split: ModuleType, tmp_path: Path) -> None:

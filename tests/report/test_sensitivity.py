@@ -63,3 +63,27 @@ def test_nothing_to_draw(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to draw"):
         sensitivity_figure(Sensitivities({}, "hessian", (), 0, (1, 1), {}), tmp_path / "figure.png")
     assert not list(tmp_path.iterdir())
+
+
+def spread(*traces: float) -> Sensitivities:
+    """Layers of one weight and input each, with these traces, their errors 0.01."""
+    entries, units = {}, []
+    for number, trace in enumerate(traces):
+        units.append(Unit(f"layer{number}", "input", 9, 16, 16, 100))
+        for kind in ("weight", "input"):
+            entry = Sensitivity(f"layer{number}", "input", kind, 9, trace, 0.01, {2: 1.0}, {2: 1.0})
+            entries[entry.name] = entry
+    return Sensitivities(entries, "hessian", tuple(units), 1, (1, 1, 4, 4), {})
+
+
+def test_small_traces_show_beside_large_ones(tmp_path: Path) -> None:
+    text = sensitivity_figure(spread(1000.0, 0.5, -0.2, 0.1), tmp_path / "wide.svg").read_text()
+    assert "average Hessian trace of weights (logarithmic beyond ±1e-02)" in text
+    assert "multiply-accumulates for one image (" not in text
+    assert "logarithmic" not in sensitivity_figure(spread(3.0, 2.0, 1.0), tmp_path / "even.svg").read_text()
+
+
+def test_the_same_numbers_give_the_same_svg(tmp_path: Path) -> None:
+    files = [tmp_path / folder / "figure.svg" for folder in ("one", "two")]
+    first, second = (sensitivity_figure(found(), file).read_bytes() for file in files)
+    assert first == second and b"<svg" in first
