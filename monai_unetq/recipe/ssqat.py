@@ -45,7 +45,7 @@ from ..training.handlers.processes import rank
 from ..training.handlers.seeding import isolated_randomness
 from .stage import open_stage
 
-__all__ = ["Metric", "ssqat", "ssqat_network", "ssqat_plan"]
+__all__ = ["ssqat", "ssqat_network", "ssqat_plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,6 @@ def ssqat_plan(
     choices: Sequence[int] = (2, 3, 4, 6, 8),
     metric: Metric = "sqnr",
     probes: int = 200,
-    method: Literal["optimal", "uniform", "random"] = "optimal",
     scale: Literal["power-of-two", "free"] = "power-of-two",
     seed: int = 0,
 ) -> QuantPlan:
@@ -86,7 +85,6 @@ def ssqat_plan(
         metric: what Ω is made of: signal to noise, Hessian traces (the paper's; they settle slowly on structures that few
             crops show, see docs/results/sensitivity.md), or squared gradients.
         probes: most probes of the Hessian.
-        method: see ``allocate``.
         scale: see ``QuantPlan``.
         seed: of batches and probes.
 
@@ -98,7 +96,7 @@ def ssqat_plan(
         Budget.parse(text)  # a misspelled one fails before anything is measured
     widths = sorted({*choices, END_BITS})
     measured = {"network": network_digest(network), "metric": metric, "probes": probes, "widths": widths, "scale": scale, "seed": seed}  # fmt: skip
-    settings = {**measured, "budget": budgets, "choices": list(choices), "method": method}
+    settings = {**measured, "budget": budgets, "choices": list(choices)}
     place = None if folder is None else Path(folder)
     file = None if place is None else place / "sensitivity" / "sensitivities.json"
 
@@ -141,7 +139,7 @@ def ssqat_plan(
     last = trace.layers()[-1]
     fixed = dict.fromkeys([*trace.image_layers(), f"{last}.weight*"], END_BITS)
     plan = allocate(
-        sensitivities, budget=budgets, choices=choices, method=method, seed=seed, fixed=fixed, scale=scale, learned=True
+        sensitivities, budget=budgets, choices=choices, seed=seed, fixed=fixed, scale=scale, learned=True
     )  # fmt: skip
     if place is not None and rank() == 0:
         plan.save(place / "allocation" / ALLOCATION)
@@ -183,9 +181,8 @@ def ssqat_network(
     plan = ssqat_plan(network, loss, batches, folder, **options)
     quantize(network, plan, example)
     if supervised:
-        with (
-            torch.random.fork_rng()
-        ):  # the heads' first weights follow from the seed, whatever was drawn before
+        # The heads' first weights follow from the seed, whatever was drawn before.
+        with torch.random.fork_rng():
             torch.manual_seed(options.get("seed", 0))
             attach_supervision(network, example, num_classes)
     return network

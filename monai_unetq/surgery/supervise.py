@@ -81,7 +81,6 @@ class SkipSupervision(nn.Module):
     ) -> None:
         super().__init__()
         self.readings = tuple(readings)
-        self.num_classes = num_classes
         self.heads = nn.ModuleList(
             SupervisionHead(r.channels, num_classes, len(r.resolution), kernel_size, device) for r in readings
         )

@@ -344,7 +344,15 @@ def test_two_processes_share_an_ssqat_training(prepared: Prepared, float_run: Pa
     configs = [prepared.config(name) for name in ("train", "ssqat", "multi_gpu_train")]
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     command_line(program, str(configs), {**keys, "float_model": float_run / "model.pt"}, prepared.work)
-    network_of(prepared.kind, out / "model.unetq")
+    packed, unfolded = (network_of(prepared.kind, out / name) for name in ("model.unetq", "model.pt"))
+    image = torch.rand(1, 1, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(packed(image), unfolded(image))
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert checkpoint["trainer"]["iteration"] == 2  # two epochs of two steps, shared by two processes
+    assert not any(key.startswith("module.") for key in checkpoint["network"])
+    measured = json.loads((out / "sensitivity" / "sensitivities.json").read_text())
+    assert measured["metric"] == "hessian" and measured["conditions"]["probes"] == 20
 
 
 @pytest.mark.parametrize("prepared", ["em"], indirect=True)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 import zipfile
 from functools import cache
 from pathlib import Path
@@ -29,6 +26,7 @@ from monai_unetq.surgery import (
     quantized_layers,
     split,
 )
+from tests.processes import run_two
 from tests.surgery.networks import NETWORKS
 
 NNUNET = [name for name in NETWORKS if name.startswith(("PlainConv", "Residual"))]
@@ -291,24 +289,7 @@ distributed.destroy_process_group()
 
 
 def test_two_processes_train_one_split_network(tmp_path: Path) -> None:
-    script = tmp_path / "process.py"
-    script.write_text(PROCESS, encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path)],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        errors = [process.communicate(timeout=600)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = run_two(PROCESS, tmp_path)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     torch.manual_seed(0)

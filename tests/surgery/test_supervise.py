@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -43,6 +40,7 @@ from monai_unetq.surgery import (
     strip,
 )
 from monai_unetq.training import SkipSupervisionLoss, freeze_norms
+from tests.processes import run_two
 from tests.surgery.networks import NETWORKS, Level
 
 UNBATCHED = "own, unbatched"
@@ -620,24 +618,7 @@ distributed.destroy_process_group()
 
 
 def test_two_processes_train_one_network_without_unused_parameters(tmp_path: Path) -> None:
-    script = tmp_path / "process.py"
-    script.write_text(PROCESS, encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path)],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        errors = [process.communicate(timeout=600)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = run_two(PROCESS, tmp_path)
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     plain = [key.removeprefix("plain ") for key in first if key.startswith("plain ")]
     heads = [key.removeprefix("full ") for key in first if key.startswith("full skip_supervision")]

@@ -6,9 +6,6 @@ import copy
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +35,7 @@ from monai_unetq.training import (
 from monai_unetq.training.handlers import CalibrationEvents
 from monai_unetq.training.handlers import quantization as module
 from monai_unetq.training.handlers.quantization import is_rounding, weight_statistics
+from tests.processes import run_two
 
 BATCHES = list(torch.rand(2, 3, 1, 16, 16, generator=torch.Generator().manual_seed(5)))
 
@@ -509,24 +507,7 @@ distributed.destroy_process_group()
 
 
 def test_two_processes_end_with_one_network(tmp_path: Path) -> None:
-    script = tmp_path / "process.py"
-    script.write_text(PROCESS, encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, str(script)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=600)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = run_two(PROCESS, tmp_path)
     numbers = [state.pop("numbers") for state in (first, second)]
     assert not torch.equal(*numbers)
     assert same(first, second)
