@@ -24,8 +24,9 @@ help:
 demo: $(VENV)/.installed-report
 	@$(BIN)/unetq demo $(if $(DATA),--data "$(DATA)") --out "$(OUT)"
 
+# Files in their order: sorted by their number of tests, the few long ones would come last, on one process.
 test: lint
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-test
 	@$(BIN)/ruff check $(SOURCES)
