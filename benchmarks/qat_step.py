@@ -1,6 +1,7 @@
 """Time of one QAT step over one float step, for this package, Brevitas and NVIDIA modelopt, in one run.
 
-All of them train the same MONAI BasicUNet on the same batch with the same loss and optimizer. See README.md.
+All of them train the same MONAI BasicUNet on the same batch with the same loss and optimizer; SS-QAT adds its heads' loss.
+See README.md.
 """
 
 from __future__ import annotations
@@ -29,8 +30,7 @@ from tqdm import tqdm
 
 import monai_unetq as uq
 from monai_unetq.datasets import membrane_phantom
-from monai_unetq.training import reestimate_norms
-from monai_unetq.training.losses import bce_dice_loss
+from monai_unetq.training import SkipSupervisionLoss, bce_dice_loss, reestimate_norms
 
 EXAMPLES = """\
 examples:
@@ -75,6 +75,13 @@ def unetq_network(
     plan = uq.QuantPlan.uniform(network, weights, activations, input="UQ0.8", learned=learned)
     uq.quantize(network, plan, images[:1])
     return uq.calibrate(network, [images])
+
+
+def ssqat_network(network: nn.Module, images: Tensor) -> nn.Module:
+    """This package's SS-QAT: split convolutions, learned scales, a supervised head on every skip."""
+    uq.split(network, images[:1])
+    network = unetq_network(network, images, "int8", "int8", learned=True)
+    return uq.attach_supervision(network, images[:1])
 
 
 def brevitas_network(network: nn.Module, images: Tensor) -> nn.Module:
@@ -132,6 +139,7 @@ CONTENDERS = (
         "monai-unetq int8/int8 learned", lambda n, x: unetq_network(n, x, "int8", "int8", learned=True)
     ),
     Contender("monai-unetq Q6.0/Q0.4", lambda n, x: unetq_network(n, x, "Q0.4", "Q6.0")),
+    Contender("monai-unetq int8/int8 SS-QAT", ssqat_network),
     Contender("Brevitas int8/int8", brevitas_network, install="brevitas"),
     Contender("modelopt int8/int8", modelopt_network, install=_MODELOPT),
     Contender(
@@ -188,9 +196,9 @@ def check_quantized(network: nn.Module, reference: nn.Module, images: Tensor, le
     sample = images[:1, :, :CHECK_SIZE, :CHECK_SIZE]
     seen, outputs = [], []
     for net in (reference, network):
-        # A copy, because a pass in training mode moves batch norm's statistics.
+        # A copy, because a pass in training mode moves batch norm's statistics; without heads, which stay float.
         with torch.no_grad(), _ConvolutionArguments() as arguments:
-            outputs.append(copy.deepcopy(net).train()(sample))
+            outputs.append(uq.strip(copy.deepcopy(net)).train()(sample))
         seen.append(arguments)
     plain, rounded = seen
     if len(rounded.inputs) != len(plain.inputs):
@@ -243,7 +251,7 @@ def float_network(norm: str, width: int, images: Tensor) -> nn.Module:
 
 def time_step(network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
     """Seconds of forward, loss, backward and the optimizer's step."""
-    loss_function = bce_dice_loss()
+    loss_function = SkipSupervisionLoss(bce_dice_loss())  # of a network without heads, what is in the brackets
     optimizer.zero_grad(set_to_none=True)
     start = time.perf_counter()
     loss = loss_function(network(images), labels)

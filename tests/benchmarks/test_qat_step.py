@@ -16,7 +16,12 @@ from tests.benchmarks.scripts import BENCHMARKS, load
 
 SCRIPT = BENCHMARKS / "qat_step.py"
 ROUNDS = 2
-OWN = ("monai-unetq int8/int8", "monai-unetq int8/int8 learned", "monai-unetq Q6.0/Q0.4")
+OWN = (
+    "monai-unetq int8/int8",
+    "monai-unetq int8/int8 learned",
+    "monai-unetq Q6.0/Q0.4",
+    "monai-unetq int8/int8 SS-QAT",
+)
 PEERS = ("Brevitas int8/int8", "modelopt int8/int8", "modelopt int8/int8 default")
 PLAIN = ("float", "float again (control)")
 
