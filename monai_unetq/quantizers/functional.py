@@ -76,18 +76,22 @@ class _LearnedFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensor, scale, quantized = ctx.saved_tensors
-        grad = grads[0]
-        inside = _inside(grad, tensor, scale, *ctx.limits)
+        grad, slope = grads[0], torch.zeros_like(scale)
         # d quantized / d scale is round(x/s) - x/s inside the range and the code itself outside. The difference
         # is taken value by value: of two sums over all values float32 would leave little (at 8 bits a fifth of
         # it was lost, at 12 all).
         if scale.dim():
+            inside = _inside(grad, tensor, scale, *ctx.limits)
             summed = [d for d, n in enumerate(scale.shape) if n == 1]
             slope = torch.addcmul(grad * quantized, inside, tensor, value=-1).sum(summed, keepdim=True)
-        else:
-            slope = torch.zeros_like(scale)
+        elif tensor.device.type == "cpu" and not (recorded() or torch.is_grad_enabled()):
+            inside, ends = torch.empty_like(tensor), _ends(scale, *ctx.limits)
             for g, q, i, x in zip(*in_cache(grad, quantized, inside, tensor), strict=True):
-                slope = slope + torch.addcmul(g * q, i, x, value=-1).sum()
+                torch.ops.aten.hardtanh_backward.grad_input(g, x, *ends, grad_input=i)
+                slope = slope + torch.mul(g, q).addcmul_(i, x, value=-1).sum()
+        else:
+            inside = _inside(grad, tensor, scale, *ctx.limits)
+            slope = torch.addcmul(grad * quantized, inside, tensor, value=-1).sum()
         return inside, (slope * (ctx.gain / scale)).to(scale.dtype), None, None, None
 
 
@@ -104,11 +108,15 @@ def _rounded(tensor: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
 
 def _inside(grad: Tensor, tensor: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
     """``grad`` where the tensor rounds to a code in [qmin, qmax], else 0: the straight-through gradient."""
-    low, high = (qmin - 0.5) * scale, (qmax + 0.5) * scale
     if scale.dim() == 0 and scale.device.type == "cpu" and not torch.compiler.is_compiling():
-        # One vectorized pass; on other devices reading the limits would wait for the device.
-        return torch.ops.aten.hardtanh_backward(grad, tensor, low.item(), high.item())
-    return grad * ((tensor > low) & (tensor < high))
+        # One vectorized pass; on other devices reading the ends would wait for the device.
+        return torch.ops.aten.hardtanh_backward(grad, tensor, *_ends(scale, qmin, qmax))
+    return grad * ((tensor > (qmin - 0.5) * scale) & (tensor < (qmax + 0.5) * scale))
+
+
+def _ends(scale: Tensor, qmin: int, qmax: int) -> tuple[float, float]:
+    """Between them values round to a code in [qmin, qmax]."""
+    return ((qmin - 0.5) * scale).item(), ((qmax + 0.5) * scale).item()
 
 
 def in_cache(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
