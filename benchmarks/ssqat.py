@@ -1,8 +1,8 @@
 """SS-QAT on real data: what splitting with mixed precision and supervised skips are worth at few bits, beside the peers.
 
 Every row begins with the same float network, that of ``unetq reproduce``, and is trained for the same steps on the same
-crops: float on (the control), uniform widths, split with mixed widths, each with and without supervised skips, Brevitas
-and NVIDIA modelopt. The last step's network is what is tested, so nothing is chosen on the test cases. Everything is kept
+crops: float on (the control), uniform widths, split with mixed widths, each with and without supervised skips, all of it
+with the float network as a teacher, Brevitas and NVIDIA modelopt. The last step's network is what is tested, so nothing is chosen on the test cases. Everything is kept
 in --out and not done twice.
 """
 
@@ -46,9 +46,19 @@ examples:
 WIDTHS = ("W4A4", "W3A4", "W2A4", "W3A3", "W2A2")
 FLOAT, CONTROL = "float", "float, trained on"
 PEERS = ("Brevitas", "modelopt")
-ROWS = ("uniform", "+ split, mixed", "+ supervision", "+ both (SS-QAT)", *PEERS)
+PARTS = {
+    "uniform": (False, False, False),
+    "+ split, mixed": (True, False, False),
+    "+ supervision": (False, True, False),
+    "+ both (SS-QAT)": (True, True, False),
+    "+ teacher (recipe)": (True, True, True),
+}
+"""Our rows: whether convolutions are split and their bits allocated, skips supervised, the float network the teacher."""
+
+ROWS = (*PARTS, *PEERS)
 LEARNING_RATE = 3e-4
 SUPERVISION = 0.4
+DISTILLATION = 1.0
 FREEZE_NORMS_AT = 0.7
 CALIBRATION_BATCHES = 8
 END_BITS = 8
@@ -145,11 +155,12 @@ def budget_of(network: nn.Module, plan: uq.QuantPlan, image: Tensor) -> list[str
 
 
 def ours(study: Study, row: str, widths: str, batches: Sequence[Any], loss: Any, folder: Path) -> nn.Module:
-    """A network of ours, calibrated, with heads where the row has them."""
+    """A network of ours, calibrated, with what the row has of heads and teacher."""
     network = study.network()
+    mixed, supervised, distilled = PARTS[row]
     image = batches[0]["image"][:1]
     plan = uniform_plan(network, widths, study.scale)
-    if row in ("+ split, mixed", "+ both (SS-QAT)"):
+    if mixed:
         budget = budget_of(network, plan, image)
         uq.split(network, image)
         plan = ssqat_plan(
@@ -157,7 +168,8 @@ def ours(study: Study, row: str, widths: str, batches: Sequence[Any], loss: Any,
         )
     uq.quantize(network, plan, image)
     uq.calibrate(network, batches)
-    return uq.attach_supervision(network, image) if row in ("+ supervision", "+ both (SS-QAT)") else network
+    teacher = study.network() if distilled else None
+    return uq.attach_supervision(network, image, teacher=teacher) if supervised else network
 
 
 def brevitas(network: nn.Module, widths: str, batches: Sequence[Any]) -> nn.Module:
@@ -197,8 +209,7 @@ def modelopt(network: nn.Module, widths: str, batches: Sequence[Any]) -> nn.Modu
     weights, activations = bits_of(widths)
     names = [name for name, m in network.named_modules() if isinstance(m, nn.Conv2d)]
     config = copy.deepcopy(mtq.INT8_DEFAULT_CFG)
-    for parent in ("nn.MaxPool2d", "nn.Upsample"):
-        config["quant_cfg"].append({"parent_class": parent, "quantizer_name": "*", "enable": False})
+    config["quant_cfg"].append({"parent_class": "nn.MaxPool2d", "quantizer_name": "*", "enable": False})
     for name in names:
         ends = name in (names[0], names[-1])
         image = name == names[0]
@@ -228,7 +239,7 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """Train a network in place, the same crops for the same seed; batch norms stand still in the last part where ours."""
     optimizer = torch.optim.Adam([dict(group) for group in groups])
-    supervised = SkipSupervisionLoss(loss, SUPERVISION)
+    supervised = SkipSupervisionLoss(loss, SUPERVISION, distillation=DISTILLATION)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, uq.training.cosine(epochs))
     steps, total, losses = 0, epochs * len(loader), []
     begin = time.monotonic()
@@ -278,10 +289,10 @@ def run(study: Study, row: str, widths: str, seed: int) -> dict[str, Any]:
         with contextlib.redirect_stdout(sys.stderr):  # peers print what they do
             if row in PEERS:
                 network = (brevitas if row == "Brevitas" else modelopt)(network, widths, batches)
-            elif row not in (FLOAT, CONTROL):
+            elif row in PARTS:
                 network = ours(study, row, widths, batches, loss, study.out / study.kind / widths)
         if row != FLOAT:
-            mine = row not in PEERS and row != CONTROL
+            mine = row in PARTS
             groups = (
                 parameter_groups(network, LEARNING_RATE)
                 if mine
@@ -293,7 +304,7 @@ def run(study: Study, row: str, widths: str, seed: int) -> dict[str, Any]:
             if not mine:
                 reestimate_norms(network, batches)
         uq.strip(network.eval())
-        if row not in (FLOAT, CONTROL, *PEERS):
+        if row in PARTS:
             work = workload(network, torch.zeros(1, 1, 200, 200))
             cost = layer_costs(work.units, uq.plan_of(network), work.other_parameters)
             result |= {"weight_bytes": cost.weight_bytes, "bops": cost.bops}

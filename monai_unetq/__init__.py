@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .sensitivity import hessian_traces
     from .surgery import (
         attach_supervision,
+        attach_teacher,
         dequantize,
         find_skips,
         fold,
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "allocate",
     "attach_supervision",
+    "attach_teacher",
     "calibrate",
     "datasets",
     "dequantize",
@@ -64,6 +66,7 @@ _HOME = {
     "QuantPlan": "plan",
     "allocate": "allocation",
     "attach_supervision": "surgery",
+    "attach_teacher": "surgery",
     "calibrate": "training",
     "dequantize": "surgery",
     "find_skips": "surgery",

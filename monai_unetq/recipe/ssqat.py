@@ -28,7 +28,7 @@ from ..deploy import inspect_packed, pack
 from ..plan import QuantPlan
 from ..sensitivity import Sensitivities, fisher, hessian_traces, sqnr
 from ..sensitivity.metrics import from_first, network_digest
-from ..surgery import attach_supervision, fold, observe, plan_of, quantize, split, strip
+from ..surgery import attach_supervision, attach_teacher, fold, observe, plan_of, quantize, split, strip
 from ..surgery.calibrate import image_of
 from ..training import (
     BestModel,
@@ -154,9 +154,11 @@ def ssqat_network(
     *,
     num_classes: int = 1,
     supervised: bool = True,
+    distilled: bool = True,
     **options: Any,
 ) -> nn.Module:
-    """Make a trained float network ready for SS-QAT, in place: split, sensitivity, allocation, quantizers, heads.
+    """Make a trained float network ready for SS-QAT, in place: split, sensitivity, allocation, quantizers, heads, and
+    the float network as a teacher.
 
     What follows is calibration (``calibrate``, or the handler ``Calibration``), and training with
     ``SkipSupervisionLoss``; at the end ``strip`` and ``fold``.
@@ -168,6 +170,7 @@ def ssqat_network(
         folder: see ``ssqat_plan``.
         num_classes: see ``attach_supervision``.
         supervised: attach the heads.
+        distilled: attach the float network as a teacher, see ``attach_teacher``.
         options: of ``ssqat_plan``: budget, choices, metric, ….
 
     Returns:
@@ -177,6 +180,7 @@ def ssqat_network(
         ValueError: as ``split``, ``ssqat_plan``, ``quantize`` and ``attach_supervision`` do.
     """
     example = image_of(next(iter(batches)))[:1].to(next(network.parameters()).device)
+    teacher = copy.deepcopy(network) if distilled else None
     split(network, example)
     plan = ssqat_plan(network, loss, batches, folder, **options)
     quantize(network, plan, example)
@@ -184,7 +188,9 @@ def ssqat_network(
         # The heads' first weights follow from the seed, whatever was drawn before.
         with torch.random.fork_rng():
             torch.manual_seed(options.get("seed", 0))
-            attach_supervision(network, example, num_classes)
+            attach_supervision(network, example, num_classes, teacher=teacher)
+    elif teacher is not None:
+        attach_teacher(network, teacher)
     return network
 
 
@@ -198,6 +204,7 @@ def ssqat(
     epochs: int,
     learning_rate: float = 3e-4,
     supervision: float = 0.4,
+    distillation: float = 1.0,
     num_classes: int = 1,
     calibration: Iterable[Any] | None = None,
     seed: int = 0,
@@ -221,6 +228,7 @@ def ssqat(
         epochs: of SS-QAT, each once through the loader.
         learning_rate: Adam's, of the weights; it falls along a cosine. See ``parameter_groups`` for the others.
         supervision: λ at the beginning, see ``SkipSupervisionLoss``; 0 trains without heads.
+        distillation: μ, how much the float network's prediction counts as a teacher; 0 trains without one.
         num_classes: see ``attach_supervision``.
         calibration: batches for sensitivity, calibration and batch norms; the loader by default.
         seed: of everything random.
@@ -242,7 +250,9 @@ def ssqat(
         raise ValueError(
             f"ssqat: epochs is {epochs}, learning_rate {learning_rate}, expected both to be positive"
         )
-    supervised = SkipSupervisionLoss(loss, supervision, **(supervision_options or {}))
+    supervised = SkipSupervisionLoss(
+        loss, supervision, distillation=distillation, **(supervision_options or {})
+    )
     if isinstance(calibration, Iterator):
         raise ValueError(
             "ssqat: calibration is an iterator, which is empty after one pass; give a list or a loader"
@@ -251,6 +261,7 @@ def ssqat(
     packed = out / "model.unetq"
     settings = {
         "network": network_digest(network), "epochs": epochs, "learning_rate": learning_rate, "supervision": supervision,
+        "distillation": distillation,
         "supervision_options": dict(supervision_options or {}), "num_classes": num_classes, "seed": seed,
         "options": {key: list(v) if isinstance(v, tuple) else v for key, v in options.items()},
     }  # fmt: skip
@@ -263,8 +274,9 @@ def ssqat(
     batches = loader if calibration is None else calibration
     work = strip(copy.deepcopy(network)).to(device)
     ssqat_network(
-        work, loss, batches, out, num_classes=num_classes, supervised=supervision > 0, seed=seed, **options
-    )
+        work, loss, batches, out, num_classes=num_classes, supervised=supervision > 0, distilled=distillation > 0,
+        seed=seed, **options,
+    )  # fmt: skip
     optimizer = torch.optim.Adam(parameter_groups(work, learning_rate))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(epochs))
     best = BestModel(work, out)

@@ -6,7 +6,7 @@ from .observe import Trace, observe
 from .quantize import dequantize, plan_of, plan_of_state, quantize, quantized_layers, set_quantizers
 from .skips import SkipConvolution, Skips, find_skips
 from .split import split
-from .supervise import SupervisedOutput, attach_supervision, inference_state, strip
+from .supervise import SupervisedOutput, attach_supervision, attach_teacher, inference_state, strip
 
 __all__ = [
     "SkipConvolution",
@@ -14,6 +14,7 @@ __all__ = [
     "SupervisedOutput",
     "Trace",
     "attach_supervision",
+    "attach_teacher",
     "calibrate",
     "dequantize",
     "find_skips",

@@ -1,13 +1,15 @@
-"""``attach_supervision`` and ``strip``: heads on the skip connections for the time of training, and off again.
+"""``attach_supervision``, ``attach_teacher`` and ``strip``: heads on the skip connections, and a teacher beside the
+network, for the time of training, and off again.
 
 The heads read what the decoder reads: the quantized skip feature, tapped by hooks where the layer behind the
-concatenation has rounded it. In training mode the network then returns ``SupervisedOutput``; in evaluation it runs as
-if there were no heads.
+concatenation has rounded it. A teacher sees what the network sees. In training mode the network then returns
+``SupervisedOutput``; in evaluation it runs as if there were neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ __all__ = [
     "SkipSupervision",
     "SupervisedOutput",
     "attach_supervision",
+    "attach_teacher",
     "inference_state",
     "refuse_supervised",
     "strip",
@@ -39,10 +42,12 @@ class SupervisedOutput(NamedTuple):
     Attributes:
         prediction: what it returned before: a tensor, or deep supervision's list.
         skips: logits of the heads, (N, num_classes, spatial…) at each skip's resolution, in the order of the heads.
+        teacher: what the teacher returned, as ``prediction``; None without one, and where no gradients are recorded.
     """
 
     prediction: Any
     skips: tuple[Tensor, ...]
+    teacher: Any = None
 
 
 @dataclass(frozen=True)
@@ -67,38 +72,51 @@ class Reading:
 
 
 class SkipSupervision(nn.Module):
-    """The heads of one network, what they read, and what was read in the pass that is running.
+    """The heads of one network, what they read, its teacher, and what was read in the pass that is running.
 
     Args:
         readings: one for each head.
         num_classes: channels of the logits.
         kernel_size: of the heads' convolutions.
         device: of the heads.
+        teacher: is asked in training; neither its parameters nor its state are the network's.
     """
 
     def __init__(
-        self, readings: Sequence[Reading], num_classes: int, kernel_size: int, device: torch.device
+        self,
+        readings: Sequence[Reading] = (),
+        num_classes: int = 1,
+        kernel_size: int = 3,
+        device: torch.device | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.readings = tuple(readings)
         self.heads = nn.ModuleList(
             SupervisionHead(r.channels, num_classes, len(r.resolution), kernel_size, device) for r in readings
         )
+        self._teacher = () if teacher is None else (teacher,)  # in a tuple it is no module of this one
         self._features: dict[int, Tensor] | None = None  # while a pass in training runs
+        self._taught: Any = None
         self._learns = False  # whether that pass records gradients
 
-    def begin(self, network: nn.Module, args: Any) -> None:
-        """Hook in front of the network: features are wanted in training only."""
+    def begin(self, network: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Hook in front of the network: features, and the teacher's answer, are wanted in training only."""
         self._features = {} if network.training else None
         self._learns = torch.is_grad_enabled()
+        self._taught = None
+        if self._teacher and network.training and self._learns:
+            with torch.no_grad():
+                self._taught = self._teacher[0](*args, **kwargs)
 
     def end(self, network: nn.Module, args: Any, output: Any) -> SupervisedOutput | None:
-        """Hook behind the network: the heads' logits beside its output.
+        """Hook behind the network: the heads' logits and the teacher's answer beside its output.
 
         Raises:
             RuntimeError: if a skip was not read, or no gradient reaches any of them.
         """
         features, self._features = self._features, None
+        taught, self._taught = self._taught, None
         if features is None:
             return None
         missing = [r for number, r in enumerate(self.readings) if number not in features]
@@ -108,12 +126,12 @@ class SkipSupervision(nn.Module):
                 "strip the network and attach the heads to it as it is now; where torch.compile has run it without "
                 "heads, call torch._dynamo.reset()"
             )
-        if torch.is_grad_enabled() and not any(f.requires_grad for f in features.values()):
+        if features and torch.is_grad_enabled() and not any(f.requires_grad for f in features.values()):
             raise RuntimeError(
                 "no gradient reaches the skip connections: what makes them is frozen, so strip the network"
             )
         logits = tuple(head(features[number]) for number, head in enumerate(self.heads))
-        return SupervisedOutput(output, logits)
+        return SupervisedOutput(output, logits, taught)
 
     def take(self, number: int, feature: Tensor) -> None:
         """Keep a head's feature, the first one of a pass; nothing outside of a pass (when it is computed once more).
@@ -138,7 +156,13 @@ class SkipSupervision(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A pass that was broken off leaves features behind, which can be neither copied nor pickled.
-        return {**self.__dict__, "_features": None}
+        return {**self.__dict__, "_features": None, "_taught": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SkipSupervision:
+        for teacher in self._teacher:  # goes to the network's device and type with it
+            teacher._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
 
 
 class _Tap:
@@ -164,7 +188,11 @@ class _Tap:
 
 
 def attach_supervision(
-    network: nn.Module, example: Tensor | None = None, num_classes: int = 1, kernel_size: int = 3
+    network: nn.Module,
+    example: Tensor | None = None,
+    num_classes: int = 1,
+    kernel_size: int = 3,
+    teacher: nn.Module | None = None,
 ) -> nn.Module:
     """Put a head, a convolution, on each skip connection of a network, in place, for the time of training.
 
@@ -178,6 +206,7 @@ def attach_supervision(
         example: an input that it accepts; found out from its first convolution by default.
         num_classes: channels of each head: 1 for two classes, otherwise what the segmentation has.
         kernel_size: of the heads, odd.
+        teacher: see ``attach_teacher``; None for none.
 
     Returns:
         the network.
@@ -193,26 +222,11 @@ def attach_supervision(
         >>> loss(network.train()(image), label).backward()
         >>> strip(network)
     """
-    refuse_supervised(network, "attach_supervision")
+    _check(network, "attach_supervision")
     if num_classes < 1:
         raise ValueError(f"attach_supervision: num_classes is {num_classes}, expected at least 1")
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"attach_supervision: kernel_size is {kernel_size}, expected an odd number")
-    if isinstance(network, (nn.Sequential, nn.ModuleList)):
-        raise ValueError(
-            f"attach_supervision: a {type(network).__name__} runs every module that it holds, so it would run the "
-            "heads; put it into a module of its own"
-        )
-    if isinstance(network, (DistributedDataParallel, DataParallel)) or hasattr(network, "_orig_mod"):
-        raise ValueError(
-            f"attach_supervision: the network is inside a {type(network).__name__}, which knows nothing of parameters "
-            "that come later; attach the heads to the network itself, then wrap it"
-        )
-    if hasattr(network, NAME):
-        raise ValueError(
-            f"attach_supervision: {type(network).__name__} has an attribute '{NAME}' of its own, which is what the "
-            "heads are called; rename it"
-        )
     example = example_for(network) if example is None else example
     readings = _readings(find_skips(network, example))
     if not readings:
@@ -220,7 +234,7 @@ def attach_supervision(
             f"{type(network).__name__} has no concatenation of a skip and an upsampled path, so there is nothing to "
             "supervise; find_skips(network) says what there is"
         )
-    supervision = SkipSupervision(readings, num_classes, kernel_size, example.device)
+    supervision = SkipSupervision(readings, num_classes, kernel_size, example.device, _frozen(teacher))
     modules = dict(network.named_modules())
     for layer in dict.fromkeys(reading.layer for reading in readings):
         tap = _Tap(supervision, [n for n, reading in enumerate(readings) if reading.layer == layer])
@@ -230,8 +244,63 @@ def attach_supervision(
             place.register_forward_hook(tap.behind)
         else:
             module.register_forward_pre_hook(tap.before, with_kwargs=True)
+    return _add(network, supervision)
+
+
+def attach_teacher(network: nn.Module, teacher: nn.Module) -> nn.Module:
+    """Put a teacher beside a network, in place, for the time of training: usually the float network that it was.
+
+    In training, where gradients are recorded, the teacher gets what the network gets, and the network returns
+    ``SupervisedOutput(prediction, (), teacher)``; the loss is ``training.SkipSupervisionLoss(…, distillation=…)``. With
+    heads, too: ``attach_supervision(…, teacher=…)``.
+
+    Args:
+        network: as for ``attach_supervision``, but it needs no skips.
+        teacher: takes the same inputs and gives logits of the same shape. A copy of it is kept, in evaluation mode,
+            without heads of its own; it is no part of the network's modules, parameters and state.
+
+    Returns:
+        the network.
+
+    Raises:
+        ValueError: if the network has heads or a teacher already, or is wrapped for several processes or compilation.
+
+    Example:
+        >>> teacher = copy.deepcopy(network)
+        >>> attach_teacher(quantize(network, plan), teacher)
+        >>> loss = SkipSupervisionLoss(soft_dice_loss(), distillation=1.0)
+    """
+    _check(network, "attach_teacher")
+    return _add(network, SkipSupervision(teacher=_frozen(teacher)))
+
+
+def _check(network: nn.Module, verb: str) -> None:
+    """Raises ValueError where hooks, or parameters that come now, would do something else than they should."""
+    refuse_supervised(network, verb)
+    kind = type(network).__name__
+    if isinstance(network, (nn.Sequential, nn.ModuleList)):
+        raise ValueError(
+            f"{verb}: a {kind} runs every module that it holds, so it would run the heads; put it into a module of its "
+            "own"
+        )
+    if isinstance(network, (DistributedDataParallel, DataParallel)) or hasattr(network, "_orig_mod"):
+        raise ValueError(
+            f"{verb}: the network is inside a {kind}, which knows nothing of parameters that come later; attach the "
+            "heads to the network itself, then wrap it"
+        )
+    if hasattr(network, NAME):
+        raise ValueError(
+            f"{verb}: {kind} has an attribute '{NAME}' of its own, which is what the heads are called; rename it"
+        )
+
+
+def _frozen(teacher: nn.Module | None) -> nn.Module | None:
+    return None if teacher is None else strip(copy.deepcopy(teacher)).eval().requires_grad_(False)
+
+
+def _add(network: nn.Module, supervision: SkipSupervision) -> nn.Module:
     network.add_module(NAME, supervision)
-    network.register_forward_pre_hook(supervision.begin)
+    network.register_forward_pre_hook(supervision.begin, with_kwargs=True)
     network.register_forward_hook(supervision.end)
     supervision.train(network.training)
     return network
@@ -285,9 +354,11 @@ def inference_state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def refuse_supervised(network: nn.Module, verb: str) -> None:
-    """Raise a ValueError if the network has heads: what is done to its layers would leave them without a feature."""
+    """Raise a ValueError if the network has heads or a teacher: what is done to its layers would leave heads without a
+    feature.
+    """
     if _supervisions(network):
-        raise ValueError(f"{verb}: the network has supervision heads; call strip(network) first")
+        raise ValueError(f"{verb}: the network has supervision heads or a teacher; call strip(network) first")
 
 
 def _supervisions(network: nn.Module) -> dict[str, SkipSupervision]:

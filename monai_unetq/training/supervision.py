@@ -1,9 +1,11 @@
-"""``SkipSupervisionLoss``: the segmentation loss, and beside it what the heads on the skip connections get wrong.
+"""``SkipSupervisionLoss``: the segmentation loss, and beside it what the heads on the skip connections get wrong, and
+how far the prediction is from a teacher's.
 
-    L = L_seg(prediction, target) + λ · Σₛ wₛ · (½·CE(zₛ, tₛ) + ½·(1 - Dice(zₛ, tₛ))),  Σₛ wₛ = 1
+    L = L_seg(prediction, target) + λ · Σₛ wₛ · (½·CE(zₛ, tₛ) + ½·(1 - Dice(zₛ, tₛ))) + μ · KL(teacher ‖ prediction)
 
-with the logits zₛ of skip s, the target tₛ brought to its resolution, and wₛ halved from one resolution to the next
-lower one, as in nnU-Net's deep supervision (Guo et al., ISCAS 2022, give heads and their sigmoid; the rest is ours).
+with Σₛ wₛ = 1, the logits zₛ of skip s, the target tₛ brought to its resolution, and wₛ halved from one resolution to the
+next lower one, as in nnU-Net's deep supervision (Guo et al., ISCAS 2022, give heads and their sigmoid; the form of their
+loss is ours). The last term is knowledge distillation (Hinton et al., 2015) at temperature 1, pixel by pixel.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ Targets = Literal["balanced", "area"]
 class SkipSupervisionLoss(nn.Module):
     """A segmentation loss that also supervises the skip connections; see this module for the formula.
 
-    Of a network without heads, or in evaluation, it is the segmentation loss alone. Deep supervision's lists go to the
-    segmentation loss as they are; the heads learn from the target of full resolution, the first.
+    Of a network without heads and teacher, or in evaluation, it is the segmentation loss alone. Deep supervision's lists
+    go to the segmentation loss as they are; the heads learn from the target of full resolution, the first, and only the
+    prediction of full resolution is compared with the teacher's. There, classes compete (softmax), unless the target
+    has a channel for each (regions) or there is one channel. The teacher is also heard where labels are ignored.
 
     The target is a label map (N, 1, spatial…) of whole numbers, or has one channel for each class or region
     (N, num_classes, spatial…), in [0, 1]. ``targets_at`` says how it gets to a skip's resolution. The number of heads'
@@ -46,6 +50,7 @@ class SkipSupervisionLoss(nn.Module):
         boundary: what is added to the weight 1 of the cross-entropy where a target changes within one pixel of the
             skip's resolution; 0 for none.
         ignore_label: value of label maps that counts nowhere.
+        distillation: μ, weight of the teacher (``attach_supervision(…, teacher=…)``, ``attach_teacher``).
 
     Raises:
         ValueError: for an argument out of its range.
@@ -63,9 +68,10 @@ class SkipSupervisionLoss(nn.Module):
         targets: Targets = "balanced",
         boundary: float = 0.0,
         ignore_label: int | None = None,
+        distillation: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, value in (("weight", weight), ("boundary", boundary)):
+        for name, value in (("weight", weight), ("boundary", boundary), ("distillation", distillation)):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"SkipSupervisionLoss: {name} is {value}, expected a number from 0 on")
         if activation not in ("sigmoid", "softmax"):
@@ -80,6 +86,7 @@ class SkipSupervisionLoss(nn.Module):
         self.targets: Targets = targets
         self.boundary = boundary
         self.ignore_label = ignore_label
+        self.distillation = distillation
 
     def forward(self, output: Any, target: Any) -> Tensor:
         """The loss, 0-dim.
@@ -97,7 +104,15 @@ class SkipSupervisionLoss(nn.Module):
         total = self.loss(output.prediction, target)
         label = target[0] if isinstance(target, (list, tuple)) else target
         label = label.as_tensor() if hasattr(label, "as_tensor") else label
-        classes = output.skips[0].shape[1]
+        with torch.autocast(label.device.type, enabled=False):
+            if output.skips:
+                total = total + self.weight * self._heads(output.skips, label)
+            if self.distillation and output.teacher is not None:
+                total = total + self.distillation * _divergence(output.prediction, output.teacher, label)
+        return total
+
+    def _heads(self, skips: Sequence[Tensor], label: Tensor) -> Tensor:
+        classes = skips[0].shape[1]
         if self.activation == "softmax" and classes == 1:
             raise ValueError(
                 "SkipSupervisionLoss: softmax over the heads' one channel is always 1; use activation='sigmoid', or "
@@ -105,16 +120,15 @@ class SkipSupervisionLoss(nn.Module):
             )
         truth, valid = _by_class(label, classes, self.ignore_label)
         exclusive = classes > 1 and (label.shape[1] == 1 or self.activation == "softmax")
-        sizes = [logits.shape[2:].numel() for logits in output.skips]
+        sizes = [logits.shape[2:].numel() for logits in skips]
         dimensions = label.dim() - 2
         # Halved for each halving of the resolution: by the geometric mean over the axes where they differ.
         shares = [(size / max(sizes)) ** (1 / dimensions) for size in sizes]
-        with torch.autocast(label.device.type, enabled=False):
-            heads = [
-                share / sum(shares) * self._head(logits.float(), truth, valid, exclusive)
-                for share, logits in zip(shares, output.skips, strict=True)
-            ]
-            return total + self.weight * torch.stack(heads).sum()
+        heads = [
+            share / sum(shares) * self._head(logits.float(), truth, valid, exclusive)
+            for share, logits in zip(shares, skips, strict=True)
+        ]
+        return torch.stack(heads).sum()
 
     def _head(self, logits: Tensor, truth: Tensor, valid: Tensor | None, exclusive: bool) -> Tensor:
         target, counts = targets_at(truth, logits.shape[2:], self.targets, valid, exclusive)
@@ -143,8 +157,31 @@ class SkipSupervisionLoss(nn.Module):
     def extra_repr(self) -> str:
         """The arguments."""
         return (
-            f"weight={self.weight:g}, {self.activation}, targets={self.targets}, boundary={self.boundary:g}"
+            f"weight={self.weight:g}, {self.activation}, targets={self.targets}, boundary={self.boundary:g}, "
+            f"distillation={self.distillation:g}"
         )
+
+
+def _divergence(prediction: Any, teacher: Any, label: Tensor) -> Tensor:
+    """Mean Kullback-Leibler divergence from the teacher's probabilities to the prediction's, over pixels."""
+    taught = (teacher[0] if isinstance(teacher, (list, tuple)) else teacher).float()
+    logits = (prediction[0] if isinstance(prediction, (list, tuple)) else prediction).float()
+    if (
+        logits.dim() == taught.dim() + 1
+    ):  # MONAI's DynUNet stacks its heads behind the batch axis, in training only
+        logits = logits[:, 0]
+    if logits.shape != taught.shape:
+        raise ValueError(
+            f"SkipSupervisionLoss: the teacher predicts {tuple(taught.shape)}, the network {tuple(logits.shape)}; give "
+            "the float network that it was made of"
+        )
+    channels = logits.shape[1]
+    if channels == 1 or label.shape[1] == channels:
+        probability = taught.sigmoid()
+        entropy = F.binary_cross_entropy_with_logits(taught, probability)
+        return F.binary_cross_entropy_with_logits(logits, probability) - entropy
+    pixels = logits.numel() / channels
+    return F.kl_div(logits.log_softmax(1), taught.log_softmax(1), reduction="sum", log_target=True) / pixels
 
 
 def supervision_weight(progress: float) -> float:

@@ -145,10 +145,22 @@ def test_another_request_is_made_anew_with_the_same_sensitivities(done: Path, tm
 
 def test_without_supervision_there_are_no_heads() -> None:
     network, batches = make_network(), list(make_loader())
-    ssqat_network(network, bce_dice_loss(), batches, metric="fisher", supervised=False)
+    ssqat_network(network, bce_dice_loss(), batches, metric="fisher", supervised=False, distilled=False)
     calibrate(network, batches)
     assert isinstance(network.train()(batches[0]["image"]), Tensor)
     assert len(find_skips(network).splittable) == 3
+
+
+@pytest.mark.parametrize("supervised", [True, False])
+def test_the_teacher_is_the_float_network(supervised: bool) -> None:
+    network, batches = make_network(), list(make_loader())
+    with torch.no_grad():
+        wanted = make_network().eval()(batches[0]["image"])
+    ssqat_network(network, bce_dice_loss(), batches, metric="fisher", supervised=supervised)
+    calibrate(network, batches)
+    output = network.train()(batches[0]["image"])
+    assert torch.equal(output.teacher, wanted)
+    assert len(output.skips) == (3 if supervised else 0)
 
 
 def test_the_network_that_was_given_is_left_as_it_is(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from monai_unetq.plan import QuantPlan
 from monai_unetq.surgery import (
     SupervisedOutput,
     attach_supervision,
+    attach_teacher,
     calibrate,
     dequantize,
     find_skips,
@@ -685,3 +686,83 @@ def test_verbs_that_change_layers_ask_to_strip_first(verb: str, tmp_path: Path) 
             VERBS[verb](whole, tmp_path)
     assert list(quantized_layers(network)) == layers and not list(tmp_path.iterdir())
     assert isinstance(train(network, NETWORKS["FixedPointUNet"].image(2)), SupervisedOutput)
+
+
+# The teacher ------------------------------------------------------------------------------------------------------
+
+
+def with_teacher(heads: bool) -> tuple[nn.Module, nn.Module]:
+    """A quantized network with its teacher, and the float network that the teacher is."""
+    torch.manual_seed(0)
+    network = FixedPointUNet(1, 1, width=4)
+    teacher = copy.deepcopy(network)
+    quantize(network, QuantPlan.uniform(network, "int3", "int3"))
+    if heads:
+        return attach_supervision(network, teacher=teacher), teacher
+    return attach_teacher(network, teacher), teacher
+
+
+IMAGE = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_a_teachers_answer_stands_beside_the_same_prediction(heads: bool) -> None:
+    network, teacher = with_teacher(heads)
+    bare = strip(copy.deepcopy(network))
+    output = train(network, IMAGE)
+    assert isinstance(output, SupervisedOutput)
+    assert len(output.skips) == (3 if heads else 0)
+    assert torch.equal(output.teacher, evaluate(teacher, IMAGE))
+    assert not output.teacher.requires_grad
+    assert torch.equal(output.prediction, train(bare, IMAGE))
+    assert torch.equal(evaluate(network, IMAGE), evaluate(bare, IMAGE))
+    with torch.no_grad():
+        assert train(network, IMAGE).teacher is None  # nothing is learned
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_a_teacher_is_no_part_of_the_network(heads: bool) -> None:
+    network, teacher = with_teacher(heads)
+    bare = strip(copy.deepcopy(network))
+    found, wanted = inference_state(network), bare.state_dict()
+    assert found.keys() == wanted.keys()
+    assert [n for n, _ in network.named_parameters() if not n.startswith("skip_supervision.heads")] == [
+        n for n, _ in bare.named_parameters()
+    ]
+    assert not any("teacher" in name for name, _ in network.named_modules())
+    assert not bare._forward_hooks
+    assert not bare._forward_pre_hooks
+    for parameter in teacher.parameters():  # the network keeps a copy
+        parameter.data.zero_()
+    assert not torch.equal(train(network, IMAGE).teacher, evaluate(teacher, IMAGE))
+
+
+def test_a_teacher_stays_in_evaluation_and_follows_to_another_type() -> None:
+    network, teacher = with_teacher(heads=True)
+    network.train().double()
+    output = network(IMAGE.double())
+    output.prediction.sum().backward()
+    assert torch.equal(output.teacher, evaluate(teacher.double(), IMAGE.double()))
+
+
+def test_a_copy_has_a_teacher_of_its_own() -> None:
+    network, teacher = with_teacher(heads=False)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(network)))
+    assert torch.equal(train(copied, IMAGE).teacher, evaluate(teacher, IMAGE))
+
+
+def test_a_teacher_needs_no_skips() -> None:
+    image = NETWORKS["SegResNet"].image()
+    network = NETWORKS["SegResNet"].build()
+    output = train(attach_teacher(network, copy.deepcopy(network)), image)
+    assert output.teacher.shape == output.prediction.shape
+    assert output.skips == ()
+
+
+def test_a_network_has_one_teacher() -> None:
+    network, teacher = with_teacher(heads=False)
+    for attach in (partial(attach_teacher, teacher=teacher), attach_supervision):
+        with pytest.raises(ValueError, match="the network has supervision heads or a teacher; call strip"):
+            attach(network)
+    with pytest.raises(ValueError, match="attach_teacher: a Sequential runs every module"):
+        attach_teacher(nn.Sequential(nn.Conv2d(1, 1, 3)), teacher)

@@ -262,3 +262,72 @@ def test_background_is_no_region() -> None:
     regions[:, 0, :2, :2], regions[:, 1, 2:, 2:] = 1, 1  # they do not overlap, and leave background
     target, _ = targets_at(regions, (2, 2))
     assert target.tolist() == [[[[1, 0], [0, 0]], [[0, 0], [0, 1]]]]
+
+
+# The teacher ------------------------------------------------------------------------------------------------------
+
+
+def test_distillation_of_one_channel_by_hand() -> None:
+    label = torch.zeros(1, 1, 1, 2)
+    logits, taught = torch.tensor([[[[0.5, -1.0]]]]), torch.tensor([[[[2.0, 0.0]]]])
+    loss = SkipSupervisionLoss(squared, distillation=3.0)
+    wanted = 0.0
+    for z, y in ((0.5, 2.0), (-1.0, 0.0)):
+        p, q = sigmoid(z), sigmoid(y)
+        wanted += (q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))) / 2
+    found = loss(SupervisedOutput(logits, (), taught), label) - squared(logits, label)
+    assert float(found) == pytest.approx(3 * wanted, rel=1e-5)
+
+
+def test_distillation_of_classes_by_hand() -> None:
+    label = torch.ones(1, 1, 1, 2)
+    logits = torch.tensor([[[[0.0, 1.0]], [[0.5, -1.0]], [[-2.0, 0.0]]]])
+    taught = torch.tensor([[[[1.0, 0.0]], [[0.0, 0.0]], [[0.0, 3.0]]]])
+
+    def softmax(values: list[float]) -> list[float]:
+        return [math.exp(v) / sum(map(math.exp, values)) for v in values]
+
+    wanted = 0.0
+    for pixel in range(2):
+        p, q = (softmax(t[0, :, 0, pixel].tolist()) for t in (logits, taught))
+        wanted += sum(b * math.log(b / a) for a, b in zip(p, q, strict=True)) / 2
+    zero = SkipSupervisionLoss(lambda prediction, target: torch.zeros(()), distillation=1.0)
+    assert float(zero(SupervisedOutput(logits, (), taught), label)) == pytest.approx(wanted, rel=1e-5)
+    # a target with a channel for each: regions, which do not compete
+    regions = torch.zeros(1, 3, 1, 2)
+    apart = sum(
+        float(zero(SupervisedOutput(logits[:, c : c + 1], (), taught[:, c : c + 1]), label)) for c in range(3)
+    )
+    assert float(zero(SupervisedOutput(logits, (), taught), regions)) == pytest.approx(apart / 3, rel=1e-5)
+
+
+def test_a_prediction_like_the_teachers_costs_nothing_and_pulls_nowhere() -> None:
+    logits = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = SkipSupervisionLoss(lambda prediction, target: prediction.sum() * 0, distillation=2.0)
+    found = loss(SupervisedOutput(logits, (), logits.detach()), torch.zeros(2, 1, 4, 4))
+    found.backward()
+    assert float(found.detach()) == pytest.approx(0, abs=1e-6)
+    assert logits.grad is not None
+    assert logits.grad.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("scales", [list, lambda p: torch.stack(p, 1)], ids=["list", "stacked"])
+def test_only_the_full_resolution_is_compared_with_the_teacher(scales: Any) -> None:
+    label = torch.zeros(1, 1, 2, 2)
+    full, low = torch.ones(1, 1, 2, 2), torch.full((1, 1, 2, 2), 5.0)
+    loss = SkipSupervisionLoss(lambda prediction, target: torch.zeros(()), distillation=1.0)
+    wanted = loss(SupervisedOutput(full, (), -full), label)
+    assert torch.equal(loss(SupervisedOutput(scales([full, low]), (), -full), label), wanted)
+
+
+def test_without_a_teacher_or_weight_nothing_is_added() -> None:
+    logits, label = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+    assert float(SkipSupervisionLoss(squared, distillation=1.0)(SupervisedOutput(logits, ()), label)) == 1
+    assert float(SkipSupervisionLoss(squared)(SupervisedOutput(logits, (), -logits), label)) == 1
+
+
+def test_another_teachers_prediction_is_refused() -> None:
+    loss = SkipSupervisionLoss(squared, distillation=1.0)
+    output = SupervisedOutput(torch.ones(1, 1, 2, 2), (), torch.ones(1, 2, 2, 2))
+    with pytest.raises(ValueError, match=r"the teacher predicts \(1, 2, 2, 2\), the network \(1, 1, 2, 2\)"):
+        loss(output, torch.zeros(1, 1, 2, 2))
