@@ -251,9 +251,8 @@ def float_network(norm: str, width: int, images: Tensor) -> nn.Module:
 
 def time_step(network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
     """Seconds of forward, loss, backward and the optimizer's step."""
-    loss_function = SkipSupervisionLoss(
-        bce_dice_loss()
-    )  # of a network without heads, what is in the brackets
+    # Of a network without heads it is what is in the brackets.
+    loss_function = SkipSupervisionLoss(bce_dice_loss())
     optimizer.zero_grad(set_to_none=True)
     start = time.perf_counter()
     loss = loss_function(network(images), labels)

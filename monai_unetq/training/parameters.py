@@ -13,7 +13,7 @@ __all__ = ["parameter_groups"]
 
 
 def parameter_groups(
-    network: nn.Module, learning_rate: float, scales: float = 10.0, heads: float = 10.0
+    network: nn.Module, learning_rate: float, scales: float = 3.0, heads: float = 10.0
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer, each with its learning rate; schedulers that multiply keep their proportions.
 

@@ -37,7 +37,8 @@ class SkipSupervisionLoss(nn.Module):
     has a channel for each (regions) or there is one channel. The teacher is also heard where labels are ignored.
 
     The target is a label map (N, 1, spatial…) of whole numbers, or has one channel for each class or region
-    (N, num_classes, spatial…), in [0, 1]. ``targets_at`` says how it gets to a skip's resolution. The number of heads'
+    (N, num_classes, spatial…), in [0, 1], and where there is an ``ignore_label``, one more that is 1 where nothing counts
+    (as nnU-Net's regions have it). ``targets_at`` says how it gets to a skip's resolution. The number of heads'
     channels decides: one channel, ``sigmoid``, and label 1 is the foreground.
 
     All heads take part in the sum whatever λ is, so that ``DistributedDataParallel`` finds no unused parameters.
@@ -49,21 +50,21 @@ class SkipSupervisionLoss(nn.Module):
         targets: ``"balanced"`` or ``"area"``, see ``targets_at``.
         boundary: what is added to the weight 1 of the cross-entropy where a target changes within one pixel of the
             skip's resolution; 0 for none.
-        ignore_label: value of label maps that counts nowhere.
+        ignore_label: value of label maps that counts nowhere; with regions, that there is one.
         distillation: μ, weight of the teacher (``attach_supervision(…, teacher=…)``, ``attach_teacher``).
 
     Raises:
         ValueError: for an argument out of its range.
 
     Example:
-        >>> loss = SkipSupervisionLoss(soft_dice_loss(), weight=0.4)
+        >>> loss = SkipSupervisionLoss(soft_dice_loss(), weight=0.1)
         >>> loss(network(image), label).backward()
     """
 
     def __init__(
         self,
         loss: Callable[[Any, Any], Tensor],
-        weight: float = 0.4,
+        weight: float = 0.1,
         activation: Literal["sigmoid", "softmax"] = "sigmoid",
         targets: Targets = "balanced",
         boundary: float = 0.0,
@@ -166,9 +167,8 @@ def _divergence(prediction: Any, teacher: Any, label: Tensor) -> Tensor:
     """Mean Kullback-Leibler divergence from the teacher's probabilities to the prediction's, over pixels."""
     taught = (teacher[0] if isinstance(teacher, (list, tuple)) else teacher).float()
     logits = (prediction[0] if isinstance(prediction, (list, tuple)) else prediction).float()
-    if (
-        logits.dim() == taught.dim() + 1
-    ):  # MONAI's DynUNet stacks its heads behind the batch axis, in training only
+    # MONAI's DynUNet stacks its heads behind the batch axis, in training only.
+    if logits.dim() == taught.dim() + 1:
         logits = logits[:, 0]
     if logits.shape != taught.shape:
         raise ValueError(
@@ -176,7 +176,7 @@ def _divergence(prediction: Any, teacher: Any, label: Tensor) -> Tensor:
             "the float network that it was made of"
         )
     channels = logits.shape[1]
-    if channels == 1 or label.shape[1] == channels:
+    if channels == 1 or label.shape[1] > 1:
         probability = taught.sigmoid()
         entropy = F.binary_cross_entropy_with_logits(taught, probability)
         return F.binary_cross_entropy_with_logits(logits, probability) - entropy
@@ -285,6 +285,8 @@ def _by_class(label: Tensor, classes: int, ignore_label: int | None) -> tuple[Te
     """The target as the heads have their channels, and what counts of it."""
     if label.shape[1] == classes and classes > 1:
         return label.float(), None
+    if label.shape[1] == classes + 1 and ignore_label is not None:
+        return label[:, :-1].float(), 1 - label[:, -1:].float()
     if label.shape[1] != 1:
         raise ValueError(
             f"the target has {label.shape[1]} channels, expected 1 (classes) or {classes} (the heads' channels)"

@@ -58,7 +58,7 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
     base.mkdir(parents=True)
     torch.manual_seed(0)
     torch.save(uq.networks.FixedPointUNet(1, 1, width=2).state_dict(), base / "model.pt")
-    rows = ["float, trained on", "+ both (SS-QAT)", "+ teacher (recipe)", "Brevitas"]
+    rows = ["float, trained on", "+ both (SS-QAT)", "+ teacher", "+ both + teacher", "Brevitas"]
     arguments = [
         "em",
         "--dataset",
