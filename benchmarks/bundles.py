@@ -25,8 +25,9 @@ from monai.bundle import run
 
 from monai_unetq.datasets import data_list
 from monai_unetq.deploy import inspect_packed
+from monai_unetq.files import write_json
 from monai_unetq.metrics import summarize
-from monai_unetq.recipe import versions, write_json
+from monai_unetq.recipe import versions
 from monai_unetq.reproduction import Kind, score
 from monai_unetq.reproduction.pages import between
 

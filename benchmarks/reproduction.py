@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from monai_unetq.recipe import write_json
+from monai_unetq.files import write_json
 from monai_unetq.reproduction import ACTIVATIONS, markdown, studies_markdown
 from monai_unetq.reproduction.pages import between
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import monai_unetq as uq
 from monai_unetq.datasets import data_list
-from monai_unetq.recipe import versions, write_json
+from monai_unetq.files import write_json
+from monai_unetq.recipe import versions
 from monai_unetq.report.sensitivity import sensitivity_figure
 from monai_unetq.reproduction.pages import interval, write_page
 from monai_unetq.reproduction.run import PRESETS, Comparison, alone, score

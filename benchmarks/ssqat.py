@@ -27,8 +27,9 @@ from tqdm import tqdm
 import monai_unetq as uq
 from monai_unetq.allocation.cost import layer_costs
 from monai_unetq.datasets import data_list
+from monai_unetq.files import write_json
 from monai_unetq.metrics import score as measures_of
-from monai_unetq.recipe import ssqat_plan, versions, write_json
+from monai_unetq.recipe import ssqat_plan, versions
 from monai_unetq.reproduction.pages import interval, write_page
 from monai_unetq.reproduction.run import PRESETS, Comparison, alone, prediction_file, read_mask, score
 from monai_unetq.surgery.workload import workload

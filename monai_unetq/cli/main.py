@@ -20,6 +20,7 @@ from .bundle import add_bundle_command
 from .cost import add_cost_command
 from .data import add_data_command
 from .inspect import add_inspect_command, aligned
+from .nnunet import add_nnunet_command
 from .reproduce import add_reproduce_command
 from .sensitivity import add_sensitivity_command
 
@@ -52,6 +53,7 @@ examples:
   unetq data em --source DIR --out DIR        prepare a downloaded data set for nnU-Net and MONAI
   unetq reproduce em --data DIR --out DIR     the 2019 paper's comparison on your data
   unetq sensitivity MODEL --data DIR --out F  how much each tensor minds being rounded
+  unetq nnunet path                           let nnU-Net train quantized networks
 
 'unetq COMMAND --help' explains a command. UNETQ_DEBUG=1 shows the traceback of an error.
 """
@@ -145,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     add_cost_command(commands, _command)
     add_data_command(commands, _command)
     add_bundle_command(commands, _command)
+    add_nnunet_command(commands, _command)
     add_reproduce_command(commands, _command)
     add_sensitivity_command(commands, _command)
     return parser

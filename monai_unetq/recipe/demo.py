@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..allocation import cost_of
 from ..datasets import Case, Split, block_split, membrane_phantom, read_em
 from ..deploy import inspect_packed, pack, unpack
+from ..files import replace_file, write_json
 from ..metrics import METRICS, score, summarize
 from ..networks import FixedPointUNet
 from ..plan import QuantPlan
@@ -34,7 +35,7 @@ from ..training import (
     train,
     validation_score,
 )
-from .stage import check_device, open_stage, replace_file, versions, write_json
+from .stage import check_device, open_stage, versions
 
 __all__ = ["Data", "demo", "evaluate", "result_row", "train_float", "train_quantized"]
 

@@ -28,6 +28,7 @@ from ..deploy import inspect_packed, pack
 from ..plan import QuantPlan
 from ..sensitivity import Sensitivities, fisher, hessian_traces, sqnr
 from ..sensitivity.metrics import from_first, network_digest
+from ..sensitivity.table import tensor_name
 from ..surgery import attach_supervision, attach_teacher, fold, observe, plan_of, quantize, split, strip
 from ..surgery.calibrate import image_of
 from ..training import (
@@ -65,6 +66,7 @@ def ssqat_plan(
     *,
     budget: Sequence[str] | str = ("weights=4bits", "activations=4bits"),
     choices: Sequence[int] = (2, 3, 4, 6, 8),
+    activations: int | None = None,
     metric: Metric = "sqnr",
     probes: int = 200,
     scale: Literal["power-of-two", "free"] = "power-of-two",
@@ -82,6 +84,7 @@ def ssqat_plan(
             arguments. That data and loss are the same is up to you.
         budget: see ``allocate``.
         choices: bit widths.
+        activations: bits of every input but the image, which are not allocated then.
         metric: what Ω is made of: signal to noise, Hessian traces (the paper's; they settle slowly on structures that few
             crops show, see docs/results/sensitivity.md), or squared gradients.
         probes: most probes of the Hessian.
@@ -94,9 +97,9 @@ def ssqat_plan(
     budgets = [budget] if isinstance(budget, str) else list(budget)
     for text in budgets:
         Budget.parse(text)  # a misspelled one fails before anything is measured
-    widths = sorted({*choices, END_BITS})
+    widths = sorted({*choices, END_BITS, *([] if activations is None else [activations])})
     measured = {"network": network_digest(network), "metric": metric, "probes": probes, "widths": widths, "scale": scale, "seed": seed}  # fmt: skip
-    settings = {**measured, "budget": budgets, "choices": list(choices)}
+    settings = {**measured, "budget": budgets, "choices": list(choices), "activations": activations}  # fmt: skip
     place = None if folder is None else Path(folder)
     file = None if place is None else place / "sensitivity" / "sensitivities.json"
 
@@ -137,7 +140,11 @@ def ssqat_plan(
             sensitivities.save(file)
     trace = observe(network, torch.zeros(sensitivities.image, device=next(network.parameters()).device))
     last = trace.layers()[-1]
-    fixed = dict.fromkeys([*trace.image_layers(), f"{last}.weight*"], END_BITS)
+    image_layers = trace.image_layers()
+    fixed = dict.fromkeys([*image_layers, f"{last}.weight*"], END_BITS)
+    if activations is not None:
+        inputs = [unit for unit in sensitivities.units if unit.layer not in image_layers]
+        fixed |= {tensor_name(unit.layer, unit.part, "input"): activations for unit in inputs}
     plan = allocate(
         sensitivities, budget=budgets, choices=choices, seed=seed, fixed=fixed, scale=scale, learned=True
     )  # fmt: skip

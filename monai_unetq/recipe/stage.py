@@ -1,18 +1,19 @@
-"""What the stages of a recipe share: settings that a cached result depends on, files written atomically, versions."""
+"""What the stages of a recipe share: settings that a cached result depends on, versions."""
 
 from __future__ import annotations
 
 import json
-import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["check_device", "open_stage", "replace_file", "versions", "write_json"]
+from ..files import replace_file
+
+__all__ = ["check_device", "open_stage", "versions"]
 
 
 def check_device(device: str) -> None:
@@ -27,21 +28,15 @@ def check_device(device: str) -> None:
         )
 
 
-def versions() -> dict[str, str]:
-    """Versions that results depend on."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions that results depend on, and those of further packages."""
     found = {"python": platform.python_version()}
-    for name in ("monai-unetq", "torch", "monai", "numpy"):
+    for name in ("monai-unetq", "torch", "monai", "numpy", *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Write a JSON file, atomically."""
-    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-    replace_file(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
 def open_stage(folder: Path, settings: Mapping[str, Any], results: Sequence[str]) -> bool:
@@ -61,10 +56,3 @@ def open_stage(folder: Path, settings: Mapping[str, Any], results: Sequence[str]
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(record, lambda path: path.write_text(text, encoding="utf-8"))
     return False
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file beside ``path``, and put it in its place when it is whole."""
-    scratch = path.with_name(path.name + ".part")
-    write(scratch)
-    os.replace(scratch, path)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import write_json
 from ..metrics import summarize
-from ..recipe import write_json
 from .rows import ACTIVATIONS
 
 __all__ = ["between", "interval", "write_page"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..datasets import data_list, foreground, prepare
-from ..recipe import write_json
+from ..files import write_json
 from .rows import ACTIVATIONS, Kind, paper_rows
 from .run import Comparison, alone, prediction_file, read_mask, read_pixels
 from .tables import accuracy_rows, markdown, studies_markdown

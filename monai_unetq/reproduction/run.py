@@ -27,7 +27,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..datasets import data_list
-from ..recipe import check_device, versions, write_json
+from ..files import write_json
+from ..recipe import check_device, versions
 from .rows import STUDIES, Kind, Row, paper_rows, study_rows
 
 __all__ = [
