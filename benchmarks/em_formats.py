@@ -23,6 +23,7 @@ import torch
 
 from monai_unetq.allocation import cost_of
 from monai_unetq.deploy import unpack
+from monai_unetq.files import write_json
 from monai_unetq.metrics import METRICS, summarize
 from monai_unetq.networks import FixedPointUNet
 from monai_unetq.plan import QuantPlan
@@ -34,7 +35,6 @@ from monai_unetq.recipe import (
     train_float,
     train_quantized,
     versions,
-    write_json,
 )
 from monai_unetq.surgery import quantize
 from monai_unetq.training import Schedule, train

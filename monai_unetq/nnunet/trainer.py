@@ -203,6 +203,8 @@ class _QuantizingTrainer(nnUNetTrainer):
             )
             return
         file = self.float_checkpoint()
+        if file is None:
+            return
         if not file.is_file():
             self.print_to_log_file(f"monai-unetq: {file} is not there, so the float phase comes first")
             return
@@ -211,8 +213,8 @@ class _QuantizingTrainer(nnUNetTrainer):
         self.float_epochs = 0
         self.print_to_log_file(f"monai-unetq: float weights of {file}; there is no float phase")
 
-    def float_checkpoint(self) -> Path:
-        """Where the float trainer leaves the weights of this fold."""
+    def float_checkpoint(self) -> Path | None:
+        """Where the float trainer leaves the weights of this fold; None where it trains another network."""
         base = self.request.base_plans or self.plans_manager.plans_name
         name = f"{self.request.base_trainer}__{base}__{self.configuration_name}"
         fold = Path(nnUNet_results) / self.plans_manager.dataset_name / name / f"fold_{self.fold}"
@@ -571,6 +573,10 @@ class nnUNetTrainerFixedPoint(nnUNetTrainerQAT):  # noqa: N801
         super().check_request(request, where)
         if request.scale != "power-of-two":
             raise ValueError(f"{where}: scale is {request.scale!r}, {cls.__name__} has powers of two")
+
+    def float_checkpoint(self) -> Path | None:
+        """None: other trainers have other norms."""
+        return None
 
     @staticmethod
     def build_float_network(

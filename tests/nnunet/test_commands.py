@@ -29,7 +29,7 @@ def base(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copied = tmp_path_factory.mktemp("commands") / "base"
     shutil.copytree(prepared, copied)
     for words in (
-        ("-d", "901", "-c", "2d", "--budget", "weights=4.0bits", "--activations", "int6", "-o", "Mixed", "--epochs", "3"),
+        ("-d", "901", "-c", "2d", "--budget", "weights=4.0bits", "--activations", "int6", "-o", "Mixed", "--epochs", "2"),
         ("-d", "902", "-c", "3d_fullres", "-p", "nnUNetResEncUNetMPlans", "--weights", "Q1.7", "--activations", "Q4.4",
          "-o", "Fixed", "--epochs", "2"),
     ):  # fmt: skip

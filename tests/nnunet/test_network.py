@@ -106,6 +106,5 @@ def test_a_caption_stands_above_the_figure(tmp_path: Any) -> None:
         assert figure.width == 300 and figure.height > 100
         assert figure.getpixel((150, figure.height - 50)) == (255, 0, 0)
         top = figure.crop((0, 0, 300, figure.height - 100)).convert("L")
-        darkest, brightest = top.getextrema()
-        assert darkest < 50 and brightest == 255
+        assert top.histogram()[255] > 0 and sum(top.histogram()[:50]) > 0
     assert [path.name for path in tmp_path.iterdir()] == ["progress.png"]

@@ -121,7 +121,7 @@ def test_the_mixed_plan_keeps_its_budget_and_packs(folders: Path) -> None:
     )
     assert bits <= 4 * sum(sizes.values())
     packed = uq.unpack(Path(trainer.output_folder) / "model.unetq", trainer._float_network(None))
-    packed.decoder.deep_supervision = False
+    packed.decoder.deep_supervision = False  # type: ignore[union-attr]
     image = torch.randn(1, 1, 32, 32)
     assert torch.allclose(packed.eval()(image), network(image), atol=1e-4)
 
@@ -304,8 +304,12 @@ def test_regions_with_an_ignore_label_in_a_residual_network(folders: Path) -> No
 
 def test_fixed_point_folds_its_batch_norms(folders: Path) -> None:
     section = {**SHORT, "epochs": 3}
+    other = make(folders, nnUNetTrainerQAT, UNIFORM, dataset=REGIONS).float_checkpoint()
+    other.parent.mkdir(parents=True)
+    torch.save({"network_weights": {}}, other)  # of a network with instance norm: it is not for this trainer
     trainer = make(folders, nnUNetTrainerFixedPoint, section, dataset=REGIONS)
     final = trained(trainer)
+    assert trainer.float_epochs == 1
     plan = plan_of_state(final["network_weights"])
     assert plan is not None and plan.scale == "power-of-two"
     formats = {str(f) for layer in plan.layers.values() for f in layer.inputs.values()}

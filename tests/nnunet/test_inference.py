@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+from monai.data import MetaTensor
+from monai.transforms import LoadImage
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from torch import nn
+
+from monai_unetq.nnunet import inference
+from monai_unetq.nnunet.inference import TrainedFolder, case_name, cases, write_bundle
+from monai_unetq.nnunet.trainer import nnUNetTrainerQAT
+from tests.nnunet.datasets import REGIONS, load
+
+
+@pytest.fixture
+def folder(folders: Path) -> Path:
+    """A trained folder of a 3D network, its one fold untrained but quantized."""
+    plans, document = load(folders, REGIONS, "nnUNetResEncUNetMPlans")
+    section = {
+        "weights": "int6",
+        "activations": "int8",
+        "float_epochs": 1,
+        "epochs": 1,
+        "calibration_batches": 1,
+    }
+    plans["configurations"]["3d_fullres"]["monai_unetq"] = section
+    trainer = nnUNetTrainerQAT(plans, "3d_fullres", 0, document, torch.device("cpu"))
+    trainer.on_train_start()
+    trainer.current_epoch = 1
+    trainer.on_epoch_start()
+    trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
+    return Path(trainer.output_folder_base)
+
+
+def test_the_module_predicts_what_nnunet_does(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = SimpleITK.GetImageFromArray(
+        np.random.default_rng(0).normal(60, 30, (10, 18, 24)).astype(np.float32)
+    )
+    image.SetSpacing((1.0, 1.5, 2.0))
+    SimpleITK.WriteImage(image, str(tmp_path / "one_0000.nii.gz"))
+    monkeypatch.delenv("nnUNet_extTrainer")  # the module makes the trainers known itself
+    module = TrainedFolder(folder)
+    loaded = LoadImage(image_only=True, ensure_channel_first=True)(str(tmp_path / "one_0000.nii.gz"))
+    found = module(loaded[None])
+    assert isinstance(found, MetaTensor) and found.dtype == torch.uint8 and found.shape == (1, 1, 24, 18, 10)
+    assert torch.equal(found.affine, loaded[None].affine)
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    with inference._trainers_known():
+        predictor.initialize_from_trained_model_folder(str(folder), [0], "checkpoint_final.pth")
+    array, properties = SimpleITKIO().read_images([str(tmp_path / "one_0000.nii.gz")])
+    expected = predictor.predict_single_npy_array(array, {"spacing": properties["spacing"]})
+    assert np.array_equal(found[0, 0].numpy(), expected.T)
+    assert len({*np.unique(expected)}) > 1
+    assert any("format_code" in key for key in module.state_dict())
+
+
+def test_a_bundle_holds_folds_plans_and_valid_metadata(folder: Path, tmp_path: Path) -> None:
+    out = write_bundle(folder, tmp_path / "bundle")
+    files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert files == [
+        "configs/inference.yaml", "configs/metadata.json", "docs/README.md", "models/dataset.json",
+        "models/fold_0/checkpoint_final.pth", "models/plans.json",
+    ]  # fmt: skip
+    metadata = json.loads((out / "configs" / "metadata.json").read_text())
+    assert (
+        metadata["name"] == folder.name
+        and len(metadata["network_data_format"]["inputs"]["image"]["spatial_shape"]) == 3
+    )
+    with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
+        write_bundle(folder, out)
+    with pytest.raises(
+        FileNotFoundError, match=r"fold_3.checkpoint_final\.pth: no such file; is the fold finished"
+    ):
+        write_bundle(folder, tmp_path / "other", [3])
+    with pytest.raises(
+        FileNotFoundError, match=r"plans\.json: no such file, expected the folder of a trainer"
+    ):
+        write_bundle(tmp_path, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_folder_without_a_finished_fold(tmp_path: Path) -> None:
+    for name in ("plans.json", "dataset.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"found no fold with a checkpoint_final\.pth"):
+        TrainedFolder(tmp_path)
+
+
+def test_the_second_stage_of_a_cascade_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("plans.json", "dataset.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "fold_0").mkdir()
+    (tmp_path / "fold_0" / "checkpoint_final.pth").touch()
+
+    def pretend(self: Any, *args: Any) -> None:
+        self.network = nn.Identity()
+        self.configuration_manager = SimpleNamespace(previous_stage_name="3d_lowres")
+
+    monkeypatch.setattr(nnUNetPredictor, "initialize_from_trained_model_folder", pretend)
+    with pytest.raises(NotImplementedError, match="second stage of a cascade"):
+        TrainedFolder(tmp_path)
+
+
+def test_channels_of_a_case_are_one_entry(tmp_path: Path) -> None:
+    for name in ("b_0000", "a_1_0001", "a_1_0000"):
+        (tmp_path / f"{name}.nii.gz").touch()
+    found = cases(tmp_path, ".nii.gz")
+    assert [[Path(file).name for file in case["image"]] for case in found] == [
+        ["a_1_0000.nii.gz", "a_1_0001.nii.gz"], ["b_0000.nii.gz"],
+    ]  # fmt: skip
+    assert case_name({"filename_or_obj": found[0]["image"][0]}, None) == {"subject": "a_1", "idx": None}
+    assert cases(str(tmp_path / "b_0000.nii.gz"), ".nii.gz") == [found[1]]
+    with pytest.raises(FileNotFoundError, match=r"found no image, expected CASE_0000\.png"):
+        cases(tmp_path, ".png")
+    (tmp_path / "plain.nii.gz").touch()
+    with pytest.raises(ValueError, match="expected a name such as CASE_0000"):
+        cases(tmp_path, ".nii.gz")
