@@ -27,6 +27,7 @@ from tqdm import tqdm
 import monai_unetq as uq
 from monai_unetq.allocation.cost import layer_costs
 from monai_unetq.datasets import data_list
+from monai_unetq.datasets.layout import Part
 from monai_unetq.files import write_json
 from monai_unetq.metrics import score as measures_of
 from monai_unetq.recipe import ssqat_plan, versions
@@ -103,13 +104,20 @@ class Study:
         )  # fmt: skip
         return parser.get_parsed_content("train#dataloader"), parser.get_parsed_content("loss")
 
-    def predict(self, network: nn.Module, folder: Path) -> None:
-        """Write the network's segmentations of the test cases, as the bundle's inference does."""
+    def inference(self, folder: Path, part: Part = "test") -> tuple[Any, Any, Any]:
+        """The bundle's loader of the images of a part, its inferer, and what writes segmentations into a folder."""
+        images = [case["image"] for case in data_list(self.comparison.dataset, 0, part)]
+        parser = self._parser("inference", output_dir=str(folder), model="", images=images)
+        loader, inferer, postprocessing = (
+            parser.get_parsed_content(name) for name in ("dataloader", "inferer", "postprocessing")
+        )
+        return loader, inferer, postprocessing
+
+    def predict(self, network: nn.Module, folder: Path, part: Part = "test") -> None:
+        """Write the network's segmentations of the cases of a part, as the bundle's inference does."""
         from monai.engines import SupervisedEvaluator
 
-        parser = self._parser("inference", output_dir=str(folder), model="")
-        names = ("dataloader", "inferer", "postprocessing")
-        loader, inferer, postprocessing = (parser.get_parsed_content(name) for name in names)
+        loader, inferer, postprocessing = self.inference(folder, part)
         SupervisedEvaluator(
             device=torch.device("cpu"),
             val_data_loader=loader,
@@ -274,15 +282,15 @@ def train(
     }
 
 
+def folder_of(study: Study, row: str, widths: str, seed: int) -> Path:
+    """Where a row is kept: ``score.json``, ``predictions`` of the test cases, and of ours ``model.unetq``."""
+    bits = widths if row not in (FLOAT, CONTROL) else "float"
+    return study.out / study.kind / bits / _slug(row) / f"seed{seed}"
+
+
 def run(study: Study, row: str, widths: str, seed: int) -> dict[str, Any]:
     """Train and test one row, or find it done."""
-    folder = (
-        study.out
-        / study.kind
-        / (widths if row not in (FLOAT, CONTROL) else "float")
-        / _slug(row)
-        / f"seed{seed}"
-    )
+    folder = folder_of(study, row, widths, seed)
     file = folder / "score.json"
     with alone(folder):
         if file.exists():
@@ -323,9 +331,9 @@ def run(study: Study, row: str, widths: str, seed: int) -> dict[str, Any]:
     return result
 
 
-def tested(study: Study, predictions: Path) -> dict[str, Any]:
+def tested(study: Study, predictions: Path, part: Part = "test") -> dict[str, Any]:
     """Dice of each unit (EM: slice; GM: person; NIH: patient); boundary Dice and HD95 of each slice with the structure."""
-    cases = data_list(study.comparison.dataset, 0, "test")
+    cases = data_list(study.comparison.dataset, 0, part)
     found: dict[str, Any] = score(study.comparison.kind, cases, predictions)
     found |= {"nsd": {}, "hd95": {}}
     for case in cases:
@@ -404,6 +412,16 @@ def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([*lines, ""])
 
 
+def study_of(options: argparse.Namespace) -> Study:
+    """The study that ``kind``, ``dataset``, ``study``, ``out``, ``preset`` and ``epochs`` of a command line name."""
+    bundle = Path(__file__).parents[1] / "bundles" / f"{options.kind}_unet"
+    comparison = Comparison(
+        options.kind, options.dataset.resolve(), bundle.resolve(), options.study / options.kind / options.preset,
+        options.preset, PRESETS[options.preset][options.kind],
+    )  # fmt: skip
+    return Study(comparison, options.out, options.epochs)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study of one data set, or write the page; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -439,13 +457,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.kind == "page":
         write_page("ssqat", options.out, options.page, MARKS, markdown)
         return 0
-    bundle = Path(__file__).parents[1] / "bundles" / f"{options.kind}_unet"
-    settings = replace(PRESETS[options.preset][options.kind])
-    comparison = Comparison(
-        options.kind, options.dataset.resolve(), bundle.resolve(), options.study / options.kind / options.preset,
-        options.preset, settings,
-    )  # fmt: skip
-    study = Study(comparison, options.out, options.epochs, options.scale, options.metric)
+    study = replace(study_of(options), scale=options.scale, metric=options.metric)
     jobs = [(FLOAT, FLOAT, 0)]
     for seed in options.seeds:
         jobs += [(CONTROL, FLOAT, seed)] if CONTROL in options.rows else []
