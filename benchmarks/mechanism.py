@@ -619,17 +619,16 @@ def spectrum_figure(document: Mapping[str, Any], path: Path) -> Path:
 def collected(study: ssqat.Study, widths: str) -> dict[str, Any]:
     """Every part of one data set, measured where it is missing, as one document."""
     folder = study.out / "mechanism" / study.kind
-    settings: dict[str, Any] = {
-        "float": network_digest(study.network()), "epochs": study.epochs, "scale": study.scale, "metric": study.metric,
-        "learning_rate": ssqat.LEARNING_RATE, "supervision": ssqat.SUPERVISION, "preset": study.comparison.preset,
+    settings = {
+        "float": network_digest(study.network()), "scale": study.scale, "preset": study.comparison.preset,
     }  # fmt: skip
-    maps = folder / widths / "errors"
-    networks = {row: network_digest(trained(study, row, widths)) for row in TRAINED}
-    parts: dict[str, tuple[Path, dict[str, Any], Callable[[], dict[str, Any]]]] = {
-        "gradients": (folder / widths / "gradients", settings, lambda: gradient_part(study, widths)),
-        "spectra": (folder / widths / "spectra", settings | networks, lambda: spectrum_part(study, widths)),
+    networks = settings | {row: network_digest(trained(study, row, widths)) for row in TRAINED}
+    heads, maps = settings | {"supervision": SUPERVISION}, folder / widths / "errors"
+    parts: dict[str, tuple[Path, Mapping[str, Any], Callable[[], dict[str, Any]]]] = {
+        "gradients": (folder / widths / "gradients", heads, lambda: gradient_part(study, widths)),
+        "spectra": (folder / widths / "spectra", networks, lambda: spectrum_part(study, widths)),
         "skip": (folder / "skip", settings, lambda: skip_part(study, folder / "skip", settings)),
-        "errors": (maps, settings | networks, lambda: error_part(study, widths, maps / "errors.svg")),
+        "errors": (maps, networks, lambda: error_part(study, widths, maps / "errors.svg")),
     }  # fmt: skip
     found = {}
     with tqdm(parts.items(), desc=f"{study.kind}: parts", unit="part", disable=None) as bar:

@@ -18,6 +18,7 @@ from scipy.ndimage import gaussian_filter
 
 import monai_unetq as uq
 from monai_unetq.datasets import write_phantom
+from monai_unetq.layers import QuantizedLayer
 from monai_unetq.metrics import band_power
 from tests.benchmarks.scripts import BENCHMARKS, load
 
@@ -53,7 +54,8 @@ def test_gradients_are_of_one_step_and_leave_the_network_as_it_is(study: ModuleT
     assert torch.equal(found["last"][0], found["last"][1]), "the same batch gives the same gradient twice"
     network.zero_grad()
     loss(network(image), (image > 0.5).float()).backward()
-    assert torch.allclose(found["last"][0], network.last.weight.grad.flatten())
+    gradient = network.last.weight.grad
+    assert gradient is not None and torch.allclose(found["last"][0], gradient.flatten())
     after = network.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
@@ -80,7 +82,9 @@ def test_a_skip_is_read_before_and_behind_its_quantizer(study: ModuleType) -> No
     with study.reading(network, skips) as found:
         network(image)
     before, after = found["decoder.2.conv1"]
-    quantizer = network.decoder[2].conv1.input_quantizer
+    layer = network.get_submodule("decoder.2.conv1")
+    assert isinstance(layer, QuantizedLayer)
+    quantizer = layer.input_quantizer
     assert torch.equal(after, quantizer(before)) and len(after.unique()) <= 4 < len(before.unique())
     assert not quantizer._forward_hooks
 
