@@ -166,7 +166,7 @@ def mean_norm(gradient: Tensor) -> float:
 def signal_to_noise(gradient: Tensor) -> float:
     """‖mean g‖² over the variance Σ‖g - mean g‖²/(N - 1), of (batches, weights).
 
-    Of gradients without a common direction it is 1/N, not 0.
+    Of gradients without a common direction it is about 1/N, not 0.
     """
     variance = float(gradient.double().var(0).sum())
     return float(gradient.double().mean(0).square().sum()) / max(variance, sys.float_info.min)
@@ -396,9 +396,8 @@ def error_part(study: ssqat.Study, widths: str, figure: Path) -> dict[str, Any]:
     place = int(true.sum((1, 2)).argmax())
     image = read_pixels(Path(case["image"]))
     grey = (image if image.ndim == 3 else image[None])[place].astype(float)
-    error_figure(
-        grey, true[place], {f"{widths} {row}": guess[place] for row, (_, guess) in pairs.items()}, figure
-    )
+    guesses = {f"{widths} {row}": guess[place] for row, (_, guess) in pairs.items()}
+    error_figure(grey, true[place], guesses, f"{study.kind.upper()}: {case['case']}, slice {place}", figure)
     return {"cases": len(cases), "rows": found}
 
 
@@ -438,7 +437,9 @@ def section_of(mask: np.ndarray) -> tuple[slice, slice]:
     return slice(starts[0], starts[0] + side), slice(starts[1], starts[1] + side)
 
 
-def error_figure(grey: np.ndarray, true: np.ndarray, guesses: Mapping[str, np.ndarray], path: Path) -> Path:
+def error_figure(
+    grey: np.ndarray, true: np.ndarray, guesses: Mapping[str, np.ndarray], title: str, path: Path
+) -> Path:
     """An image in grey, (H, W), with what each prediction invented and missed in colours, in one SVG file.
 
     The section around the structure is shown; the counts of a title are those of the whole slice. Few grey levels keep
@@ -448,15 +449,16 @@ def error_figure(grey: np.ndarray, true: np.ndarray, guesses: Mapping[str, np.nd
     low, high = np.percentile(grey, (1, 99))
     shown = np.clip((grey - low) / max(high - low, 1e-9), 0, 1)[section]
     shown = np.round(shown * (GREYS - 1)) / (GREYS - 1)
-    with _figure(path, (3.4 * len(guesses), 4.0)) as figure:
+    with _figure(path, (3.4 * len(guesses), 4.6)) as figure:
+        figure.suptitle(title, fontsize=10)
         axes = figure.subplots(1, len(guesses), squeeze=False)[0]
         for axis, (name, guess) in zip(axes, guesses.items(), strict=True):
             invented, missed = guess & ~true, true & ~guess
             colored = np.repeat(shown[..., None], 3, 2)
             for mask, color in zip((invented, missed), WRONG.values(), strict=True):
                 colored[mask[section]] = to_rgb(color)
-            title = f"{name}\nslice: {invented.sum()} invented, {missed.sum()} missed"
-            _picture(axis, title, colored, interpolation="none")
+            counts = f"whole slice: {invented.sum()} invented, {missed.sum()} missed"
+            _picture(axis, f"{name}\n{counts}", colored, interpolation="none")
             axis.set_xlabel(f"{shown.shape[1]} × {shown.shape[0]} pixels")
         handles = [Patch(facecolor=color, label=name) for name, color in WRONG.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
@@ -486,8 +488,8 @@ def _gradient_table(kind: str, document: Mapping[str, Any]) -> list[str]:
     lines = [
         "### Gradients at the first step", "",
         f"Mean over {found['batches']} training batches; with heads at λ = {found['supervision']:g}. Cosine: to the float network's gradient on the same crops; "
-        "“same loss”: of quantized with heads to float with the same heads. SNR: ‖mean‖² over variance, "
-        f"{1 / found['batches']:.2g} where gradients have nothing in common.", "",
+        "“same loss”: of quantized with heads to float with the same heads, which begin at random. SNR: ‖mean‖² over variance, "
+        f"{1 / found['batches']:.2g} or so where gradients have nothing in common.", "",
         f"![{kind.upper()}: norm, alignment and signal to noise of gradients, layer by layer]"
         f"(ssqat-mechanism-{kind}-gradients.svg)", "",
         "| layer | norm: float | quantized | + heads | cosine: quantized | + heads | same loss | SNR: float | quantized "

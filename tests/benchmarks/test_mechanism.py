@@ -161,10 +161,15 @@ def test_an_error_map_is_small(study: ModuleType, tmp_path: Path) -> None:
     grey, true = gaussian_filter(noise.normal(size=(512, 512)), 1.5), np.zeros((512, 512), dtype=bool)
     true[100:400, 100:400] = True
     guess = true ^ (noise.random((512, 512)) < 0.05)
-    path = study.error_figure(grey, true, {"one": guess, "other": true}, tmp_path / "errors.svg")
+    path = study.error_figure(grey, true, {"one": guess, "other": true}, "a case", tmp_path / "errors.svg")
     text = path.read_text()
     assert len(text) <= 60_000 and text.count("data:image/png;base64") == 2
-    assert "false positive" in text and f"{(guess & ~true).sum()} invented" in text and "0 missed" in text
+    assert (
+        "false positive" in text
+        and "a case" in text
+        and f"{(guess & ~true).sum()} invented" in text
+        and "0 missed" in text
+    )
 
 
 def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
