@@ -75,7 +75,7 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
     (ours,) = (row for row in document["rows"] if row["row"] == "+ both (SS-QAT)")
     assert ours["steps"] == 4 and ours["weight_bytes"] > 0 and ours["bops"] > 0
     assert set(ours["dice"]) == set(ours["membrane_dice"]) and set(ours["nsd"]) == set(ours["hd95"])
-    packed = next((tmp_path / "out").rglob("model.unetq"))
+    packed = tmp_path / "out" / "em" / "W3A4" / "both--ss-qat" / "seed0" / "model.unetq"
     assert uq.inspect_packed(packed)["plan"]["layers"]["decoder.0.conv1"]["parts"] == [["skip", 8], ["up", 8]]
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("score.json")}
     study.main(arguments)
