@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 import monai_unetq as uq
 from monai_unetq.datasets import data_list
+from monai_unetq.files import write_json
 from monai_unetq.layers import QuantizedLayer
 from monai_unetq.metrics import band_power, summarize
-from monai_unetq.recipe import versions, write_json
+from monai_unetq.recipe import versions
 from monai_unetq.recipe.stage import open_stage
 from monai_unetq.report.figures import _COLORS, _SOFT, _figure, _picture
 from monai_unetq.reproduction.pages import write_page
