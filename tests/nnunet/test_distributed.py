@@ -23,19 +23,20 @@ from torch.nn.parallel import DistributedDataParallel
 from monai_unetq.nnunet.trainer import nnUNetTrainerSSQAT
 from tests.nnunet.datasets import load
 
-rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{{folder / 'rendezvous'}}", rank=rank, world_size=2)
-base.DDP = lambda network, device_ids: DistributedDataParallel(network)  # nnU-Net names a GPU here
-torch.manual_seed(rank)
-plans, document = load(Path(os.environ["PREPARED"]), "{FLAT}")
-section = dict(budget=["weights=4.0bits"], activations="int6", float_epochs=1, epochs=2, iterations=2, val_iterations=1)
-plans["configurations"]["2d"]["monai_unetq"] = dict(section, calibration_batches=2)
-trainer = nnUNetTrainerSSQAT(plans, "2d", 0, document, torch.device("cpu"))
-trainer.run_training()
-state = {{key: value.clone() for key, value in trainer.core.state_dict().items()}}
-torch.save(state, folder / f"{{rank}}.pt")
-trainer.perform_actual_validation()
-dist.destroy_process_group()
+if __name__ == "__main__":  # nnU-Net's validation starts processes that read this file again
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    dist.init_process_group("gloo", init_method=f"file://{{folder / 'rendezvous'}}", rank=rank, world_size=2)
+    base.DDP = lambda network, device_ids: DistributedDataParallel(network)  # nnU-Net names a GPU here
+    torch.manual_seed(rank)
+    plans, document = load(Path(os.environ["PREPARED"]), "{FLAT}")
+    section = dict(budget=["weights=4.0bits"], activations="int6", float_epochs=1, epochs=2, iterations=2, val_iterations=1)
+    plans["configurations"]["2d"]["monai_unetq"] = dict(section, calibration_batches=2)
+    trainer = nnUNetTrainerSSQAT(plans, "2d", 0, document, torch.device("cpu"))
+    trainer.run_training()
+    state = {{key: value.clone() for key, value in trainer.core.state_dict().items()}}
+    torch.save(state, folder / f"{{rank}}.pt")
+    trainer.perform_actual_validation()
+    dist.destroy_process_group()
 """
 
 
