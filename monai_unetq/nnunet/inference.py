@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,10 @@ __all__ = ["TrainedFolder", "case_name", "cases", "write_bundle"]
 CHECKPOINT = "checkpoint_final.pth"
 VARIABLE = "nnUNet_extTrainer"
 PLANES_APART = 999.0
-"""What nnU-Net's readers give as the spacing of the axis that a 2D image does not have."""
+"""Spacing of the axis that a 2D image does not have: more than any in the plane, as nnU-Net's readers have it."""
+
+READERS = ("SimpleITKIO", "NibabelIO", "NaturalImage2DIO")
+"""nnU-Net's readers whose arrays are those of MONAI's, axes reversed."""
 
 
 class TrainedFolder(nn.Module):
@@ -47,7 +51,8 @@ class TrainedFolder(nn.Module):
 
     Raises:
         FileNotFoundError: if the folder lacks a file.
-        NotImplementedError: for the second stage of a cascade, which needs the first one's segmentation.
+        NotImplementedError: for the second stage of a cascade, which needs the first one's segmentation, and for images
+            that nnU-Net reads in a way of its own.
     """
 
     def __init__(
@@ -70,6 +75,14 @@ class TrainedFolder(nn.Module):
             raise NotImplementedError(
                 f"{place}: is the second stage of a cascade and needs the first one's segmentation; use nnUNetv2_predict"
             )
+        reader = predictor.plans_manager.plans["image_reader_writer"]
+        if reader not in READERS:
+            raise NotImplementedError(
+                f"{place}: reads images with {reader}, which MONAI does not do in the same way (expected one of "
+                f"{', '.join(READERS)}); use nnUNetv2_predict"
+            )
+        if max(predictor.label_manager.all_labels) > 255:
+            raise NotImplementedError(f"{place}: has labels above 255; use nnUNetv2_predict")
         self.network = predictor.network
         self._predictor = (predictor,)  # in a tuple: it is no module
 
@@ -124,8 +137,12 @@ def cases(images: str | Path | Sequence[str | Path], ending: str) -> list[dict[s
 
 def case_name(meta: Mapping[str, Any], transform: Any) -> dict[str, Any]:
     """What ``SaveImage`` calls a segmentation (``output_name_formatter``): the case's name, without the channel."""
-    name = Path(str(meta["filename_or_obj"])).name.split(".")[0]
-    return {"subject": name.rpartition("_")[0], "idx": None}
+    name = Path(str(meta["filename_or_obj"])).name
+    return {"subject": re.sub(r"_\d{4}\.[^_]*$", "", name), "idx": None}
+
+
+_READ = ("network_weights", "trainer_name", "init_args", "inference_allowed_mirroring_axes")
+"""What nnU-Net's predictor reads of a checkpoint; the rest is for training."""
 
 
 def write_bundle(folder: Path, out: Path, folds: Sequence[int | str] | None = None) -> Path:
@@ -143,6 +160,7 @@ def write_bundle(folder: Path, out: Path, folds: Sequence[int | str] | None = No
         FileNotFoundError: if the trained folder lacks a file.
         FileExistsError: if the bundle's folder holds something.
     """
+    folder = folder.resolve()
     found = _folds(folder, folds, CHECKPOINT)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out}: exists and is not an empty folder; give another --out, or remove it")
@@ -158,9 +176,8 @@ def write_bundle(folder: Path, out: Path, folds: Sequence[int | str] | None = No
             shutil.copyfile(folder / name, scratch / "models" / name)
         for fold in found:
             (scratch / "models" / f"fold_{fold}").mkdir()
-            shutil.copyfile(
-                folder / f"fold_{fold}" / CHECKPOINT, scratch / "models" / f"fold_{fold}" / CHECKPOINT
-            )
+            whole = torch.load(folder / f"fold_{fold}" / CHECKPOINT, map_location="cpu", weights_only=False)
+            torch.save({key: whole[key] for key in _READ}, scratch / "models" / f"fold_{fold}" / CHECKPOINT)
         settings = _INFERENCE.replace("ENDING", document["file_ending"])
         (scratch / "configs" / "inference.yaml").write_text(settings, encoding="utf-8")
         write_json(scratch / "configs" / "metadata.json", _metadata(folder, document))
@@ -184,7 +201,8 @@ def _folds(folder: Path, folds: Sequence[int | str] | None, checkpoint: str) -> 
         )
         if not finished:
             raise FileNotFoundError(f"{folder}: found no fold with a {checkpoint}, expected at least one")
-        return [int(fold) if fold.isdecimal() else fold for fold in finished]
+        numbered = [int(fold) for fold in finished if fold.isdecimal()]
+        return [*numbered] or [*finished]  # as nnU-Net does: "all" is no fold to ensemble with others
     for fold in folds:
         if not (folder / f"fold_{fold}" / checkpoint).is_file():
             raise FileNotFoundError(
@@ -219,7 +237,8 @@ def _spacing(image: Tensor, number: int, dimensions: int) -> list[float]:
 def _metadata(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
     channels = {str(k): str(v) for k, v in document.get("channel_names", {"0": "image"}).items()}
     labels = document["labels"]
-    dimensions = 2 if folder.name.endswith("__2d") else 3
+    plans = json.loads((folder / "plans.json").read_text(encoding="utf-8"))
+    dimensions = 2 if plans["image_reader_writer"] == "NaturalImage2DIO" else 3
     installed = versions("nnunetv2")
     shared = {"type": "image", "spatial_shape": ["*"] * dimensions, "is_patch_data": False}
     return {

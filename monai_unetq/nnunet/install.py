@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import indent
 
 from ..files import replace_file
 
@@ -36,7 +37,9 @@ def link() -> Path:
     file = _target()
     if file.exists() and not _ours(file):
         raise FileExistsError(f"{file}: exists, and was not written by `unetq nnunet link`; move it away")
-    text = f"{MARK}\n{(external_folder() / MODULE).read_text(encoding='utf-8')}"
+    # nnU-Net imports the module in every search; it must not fail where monai-unetq is gone.
+    source = (external_folder() / MODULE).read_text(encoding="utf-8")
+    text = f"{MARK}\ntry:\n{indent(source, '    ')}except ModuleNotFoundError:\n    pass\n"
     try:
         replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as error:

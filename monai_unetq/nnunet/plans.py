@@ -79,6 +79,11 @@ def write_plans(
         raise ValueError(
             f"{source}: has no configuration {configuration!r}, expected one of {', '.join(known)}"
         )
+    if SECTION in known[configuration]:
+        first = known[configuration][SECTION].get("base_plans")
+        raise ValueError(
+            f"{source}: {configuration} has a request already; begin with the plans {first!r}: -p {first}"
+        )
     section = {"base_plans": base, **section}
     defaults.with_section(section, SECTION)
     plans = copy.deepcopy(plans)

@@ -95,8 +95,8 @@ class Request:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, expected one of {', '.join(get_args(known))}"
                 )
-        if not self.choices or not all(type(bits) is int and 2 <= bits <= 24 for bits in self.choices):
-            raise ValueError(f"choices is {list(self.choices)}, expected whole numbers from 2 to 24")
+        if not self.choices or not all(type(bits) is int and 2 <= bits <= 16 for bits in self.choices):
+            raise ValueError(f"choices is {list(self.choices)}, expected whole numbers from 2 to 16")
 
     @property
     def activation_bits(self) -> int | None:

@@ -9,8 +9,10 @@ training needs, so that nnU-Net's own commands load them.
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,11 +24,12 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from ..allocation import Budget
 from ..deploy import pack
 from ..files import replace_file
 from ..plan import QuantPlan
 from ..recipe import ssqat_plan
-from ..sensitivity.metrics import network_digest
+from ..sensitivity.metrics import from_first, network_digest
 from ..surgery import (
     attach_supervision,
     attach_teacher,
@@ -89,6 +92,7 @@ class _QuantizingTrainer(nnUNetTrainer):
         self.num_epochs = self.float_epochs + self.request.epochs
         self.num_iterations_per_epoch = self.request.iterations
         self.num_val_iterations_per_epoch = self.request.val_iterations
+        self._oversampling = self.oversample_foreground_percent  # nnU-Net makes it each process's own
         self._untrained = ""  # digest of the network before weights are loaded into it
         self._begun = False
         # In training the network is float at first; inference asks the class, which builds the quantized one.
@@ -109,6 +113,8 @@ class _QuantizingTrainer(nnUNetTrainer):
         section = configuration.configuration.get(SECTION, {})
         where = f"plans, section '{SECTION}'"
         request = cls.defaults.with_section(section, where)
+        for text in request.budget:
+            Budget.parse(text)
         cls.check_request(request, where)
         return request
 
@@ -165,7 +171,25 @@ class _QuantizingTrainer(nnUNetTrainer):
             )
         super().initialize()
         _check_supported(self.core)
+        self._try_quantized()
         self._untrained = network_digest(self.core)
+
+    def _try_quantized(self) -> None:
+        """Quantize a network that is thrown away: what cannot be, is to fail before the float phase."""
+        network = type(self).build_network_architecture(
+            self.plans_manager, self.configuration_manager, self.num_input_channels,
+            self.label_manager.num_segmentation_heads, self.enable_deep_supervision,
+        )  # fmt: skip
+        if self.request.supervision:
+            try:
+                attach_supervision(
+                    network, example_image(self.configuration_manager, self.num_input_channels)
+                )
+            except ValueError as error:
+                raise NotImplementedError(
+                    f'{type(self).__name__}: {error}; train without heads: "supervision": 0 in the plans\' section '
+                    f"'{SECTION}'"
+                ) from None
 
     @property
     def core(self) -> nn.Module:
@@ -177,6 +201,11 @@ class _QuantizingTrainer(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         """nnU-Net's; and the float phase is skipped where its weights are there."""
+        if self.phase == QUANTIZED and self.request.distillation and not self._float_file.is_file():
+            raise FileNotFoundError(
+                f"{self._float_file}: no such file, expected the float weights that the network learns from; put back the "
+                "fold's folder as it was, or train anew"
+            )
         super().on_train_start()
         if not self._begun and self.phase == FLOAT and self.current_epoch == 0:
             self._skip_float_phase()
@@ -236,16 +265,19 @@ class _QuantizingTrainer(nnUNetTrainer):
         batches = self._batches()
         network = self._float_network(self.core.state_dict())
         weights = copy.deepcopy(network.state_dict())
-        if self.local_rank == 0:
+        writes = self.local_rank == 0 and not self.disable_checkpointing
+        if writes:
             self.folder.mkdir(parents=True, exist_ok=True)
-            replace_file(self.folder / "float.pt", lambda path: torch.save(weights, path))
+            if self.request.distillation:
+                replace_file(self._float_file, lambda path: torch.save(weights, path))
         with without_deep_supervision(network):
-            plan = self._plan(network, batches)
+            # Processes could measure differently; DDP would share the state of formats, not what is computed with.
+            plan = QuantPlan.from_json(from_first(self._plan(network, batches).to_json))
             quantize(network, plan, self._example())
             calibrate(network, batches)
         self._train_quantized(network, weights)
         self._best_ema = None  # or checkpoint_best stays the float network
-        if self.local_rank == 0:
+        if writes:
             plan_of(network).save(self.folder / "plan.json")
         say(f"monai-unetq: quantized {len(plan.layers)} layers; the plan is {self.folder / 'plan.json'}")
 
@@ -256,8 +288,10 @@ class _QuantizingTrainer(nnUNetTrainer):
             split(network, example)
         if not self.request.budget:
             return request_plan(network, self.request, example, learned=True)
+        # What was measured is used again for the same cases only: folds may have been drawn anew.
+        measured = None if self.disable_checkpointing else self.folder / _digest(batches)
         return ssqat_plan(
-            network, self._full_resolution_loss(), batches, self.folder, budget=self.request.budget,
+            network, self._full_resolution_loss(), batches, measured, budget=self.request.budget,
             choices=self.request.choices, activations=self.request.activation_bits, metric=self.request.metric,
             scale=self.request.scale, seed=SEED,
         )  # fmt: skip
@@ -280,7 +314,10 @@ class _QuantizingTrainer(nnUNetTrainer):
         wrapped: Any = torch.compile(network) if self._do_i_compile() else network
         if self.is_ddp:
             devices = [self.local_rank] if self.device.type == "cuda" else None
-            wrapped = DistributedDataParallel(wrapped, device_ids=devices)
+            # Without batch norms nothing in the buffers changes, and a process without a validation case may miss a
+            # broadcast.
+            norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
+            wrapped = DistributedDataParallel(wrapped, device_ids=devices, broadcast_buffers=norms)
         self.network = wrapped
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         self.loss = SkipSupervisionLoss(
@@ -327,6 +364,8 @@ class _QuantizingTrainer(nnUNetTrainer):
         if self.phase == QUANTIZED and self.current_epoch == self.float_epochs:
             averages = self.logger.get_value("ema_fg_dice", step=None)
             averages[-1] = self.logger.get_value("mean_fg_dice", step=-1)
+            for logger in self.logger.loggers:  # Weights & Biases, where it is on
+                logger.log("ema_fg_dice", averages[-1], self.current_epoch)
 
     def on_epoch_end(self) -> None:
         """nnU-Net's; the end of the float phase is kept, and progress.png says where it was."""
@@ -368,8 +407,10 @@ class _QuantizingTrainer(nnUNetTrainer):
             return
 
         def write(path: Path) -> None:
-            super(_QuantizingTrainer, self).save_checkpoint(str(path))
-            checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+            buffer = io.BytesIO()
+            super(_QuantizingTrainer, self).save_checkpoint(buffer)
+            buffer.seek(0)
+            checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)
             record: dict[str, Any] = {"phase": self.phase, "float_epochs": self.float_epochs}
             if self.phase == QUANTIZED:
                 weights = checkpoint["network_weights"]
@@ -417,6 +458,8 @@ class _QuantizingTrainer(nnUNetTrainer):
             with without_deep_supervision(network):
                 quantize(network, QuantPlan.from_json(record["plan"]), self._example())
             self._train_quantized(network, self._float_weights())
+        else:
+            self.optimizer, self.lr_scheduler = self.configure_optimizers()
         _load_all(self.core, {**weights, **record.get("heads", {})}, source)
         self.my_init_kwargs = checkpoint["init_args"]
         self.current_epoch = checkpoint["current_epoch"]
@@ -441,29 +484,34 @@ class _QuantizingTrainer(nnUNetTrainer):
         ).to(self.device)  # fmt: skip
         if weights is not None:
             network.load_state_dict(weights)
+        if self.is_ddp and self.device.type == "cuda":  # as nnU-Net does; on CPUs there is none
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return network.eval()
 
+    @property
+    def _float_file(self) -> Path:
+        return self.folder / "float.pt"
+
     def _float_weights(self) -> dict[str, Tensor] | None:
-        file = self.folder / "float.pt"
-        if not self.request.distillation:
+        """The teacher's; None where there is none, or only validation is possible."""
+        if not self.request.distillation or not self._float_file.is_file():
             return None
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file}: no such file, expected the float weights that the network learns from; put back the fold's "
-                "folder as it was, or train anew"
-            )
-        found: dict[str, Tensor] = torch.load(file, map_location=self.device, weights_only=True)
+        found: dict[str, Tensor] = torch.load(self._float_file, map_location=self.device, weights_only=True)
         return found
 
     def _example(self) -> Tensor:
         return example_image(self.configuration_manager, self.num_input_channels, self.device)
 
     def _full_resolution_loss(self) -> Callable[[Any, Any], Tensor]:
+        """nnU-Net's loss of one resolution, which can be differentiated twice and asks no other process."""
         deep = self._build_loss()
-        return deep.loss if self.enable_deep_supervision else deep
+        loss: Any = deep.loss if self.enable_deep_supervision else deep
+        loss.dc = getattr(loss.dc, "_orig_mod", loss.dc)
+        loss.dc.ddp = False
+        return loss
 
     def _batches(self) -> list[dict[str, Any]]:
-        """Batches of this fold's training cases, without augmentation, the same in every call."""
+        """Batches of this fold's training cases, without augmentation, the same in every call and every process."""
         cases, _ = self.do_split()
         dataset = self.dataset_class(
             self.preprocessed_dataset_folder, cases,
@@ -476,8 +524,8 @@ class _QuantizingTrainer(nnUNetTrainer):
         )  # fmt: skip
         patch = self.configuration_manager.patch_size
         loader = nnUNetDataLoader(
-            dataset, self.batch_size, patch, patch, labels,
-            oversample_foreground_percent=self.oversample_foreground_percent,
+            dataset, self.configuration_manager.batch_size, patch, patch, labels,
+            oversample_foreground_percent=self._oversampling,
             probabilistic_oversampling=self.probabilistic_oversampling, transforms=transforms,
         )  # fmt: skip
         with isolated_randomness(SEED, None):
@@ -499,6 +547,14 @@ class _EpochSchedule:
         """Set the learning rates of an epoch, counted from the beginning of the training."""
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self._factor(epoch - self._first)
+
+
+def _digest(batches: list[dict[str, Any]]) -> str:
+    """A short name of what batches hold."""
+    digest = sha256()
+    for batch in batches:
+        digest.update(batch["image"].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _check_supported(network: nn.Module) -> None:

@@ -1,8 +1,8 @@
 """SS-QAT, the whole recipe: a float network is split, its bits are allocated by sensitivity, it is trained quantized with
 its skip connections supervised, folded, stripped and packed (Guo et al., ISCAS 2022).
 
-``ssqat_network`` is the part before training, for whoever trains in a loop of his own (the bundles' ``ssqat.yaml``,
-nnU-Net's trainer); ``ssqat`` is all of it.
+``ssqat_network`` is the part before training, for whoever trains in a loop of his own (the bundles' ``ssqat.yaml``);
+``ssqat`` is all of it.
 """
 
 from __future__ import annotations

@@ -72,6 +72,13 @@ def test_a_bundle_holds_folds_plans_and_valid_metadata(folder: Path, tmp_path: P
         "configs/inference.yaml", "configs/metadata.json", "docs/README.md", "models/dataset.json",
         "models/fold_0/checkpoint_final.pth", "models/plans.json",
     ]  # fmt: skip
+    checkpoint = torch.load(out / "models" / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    assert sorted(checkpoint) == [
+        "inference_allowed_mirroring_axes",
+        "init_args",
+        "network_weights",
+        "trainer_name",
+    ]
     metadata = json.loads((out / "configs" / "metadata.json").read_text())
     assert (
         metadata["name"] == folder.name
@@ -97,6 +104,19 @@ def test_a_folder_without_a_finished_fold(tmp_path: Path) -> None:
         TrainedFolder(tmp_path)
 
 
+def test_images_that_nnunet_reads_in_its_own_way_are_refused(folder: Path) -> None:
+    plans = json.loads((folder / "plans.json").read_text())
+    for change, message in (
+        (
+            {"image_reader_writer": "Tiff3DIO"},
+            "reads images with Tiff3DIO, which MONAI does not do in the same way",
+        ),
+    ):
+        (folder / "plans.json").write_text(json.dumps({**plans, **change}))
+        with pytest.raises(NotImplementedError, match=message):
+            TrainedFolder(folder)
+
+
 def test_the_second_stage_of_a_cascade_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("plans.json", "dataset.json"):
         (tmp_path / name).write_text("{}")
@@ -120,6 +140,8 @@ def test_channels_of_a_case_are_one_entry(tmp_path: Path) -> None:
         ["a_1_0000.nii.gz", "a_1_0001.nii.gz"], ["b_0000.nii.gz"],
     ]  # fmt: skip
     assert case_name({"filename_or_obj": found[0]["image"][0]}, None) == {"subject": "a_1", "idx": None}
+    dotted = {"filename_or_obj": str(tmp_path / "1.2.840.77_0000.nii.gz")}
+    assert case_name(dotted, None)["subject"] == "1.2.840.77"
     assert cases(str(tmp_path / "b_0000.nii.gz"), ".nii.gz") == [found[1]]
     with pytest.raises(FileNotFoundError, match=r"found no image, expected CASE_0000\.png"):
         cases(tmp_path, ".png")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,23 @@ def test_link_and_unlink_can_be_repeated(installed: Path) -> None:
     file = link()
     text = file.read_text()
     assert file.parent == installed and text.startswith("# Written by `unetq nnunet link`")
-    assert text.endswith((external_folder() / file.name).read_text())
+    assert "from monai_unetq.nnunet.trainer import" in text
+    compile(text, str(file), "exec")
     assert link() == file and file.read_text() == text
     assert sorted(installed.iterdir()) == [file]
     assert unlink() == file and unlink() is None
     assert not any(installed.iterdir())
+
+
+def test_a_module_that_was_left_behind_does_not_fail(installed: Path) -> None:
+    text = link().read_text()
+    exec(compile(text.replace("monai_unetq", "no_longer_installed"), "module", "exec"), {})
+
+
+def test_a_wheel_holds_the_folder() -> None:
+    settings = ConfigParser()
+    settings.read(Path(__file__).parents[2] / "setup.cfg")
+    assert settings["options.package_data"]["monai_unetq.nnunet"] == "external/*.py"
 
 
 def test_a_file_of_somebody_else_stays(installed: Path) -> None:

@@ -82,6 +82,14 @@ def test_what_cannot_be_written(
     assert sorted(dataset.iterdir()) == before
 
 
+def test_plans_with_a_request_are_no_base(dataset: Path) -> None:
+    written(dataset)
+    with pytest.raises(
+        ValueError, match="2d has a request already; begin with the plans 'nnUNetPlans': -p nnUNetPlans"
+    ):
+        write_plans(dataset, "W4A6", "2d", "Other", SMALL, DEFAULTS)
+
+
 def test_a_broken_request_writes_nothing(dataset: Path) -> None:
     with pytest.raises(ValueError, match="unknown key 'bits'"):
         written(dataset, bits=4, **SMALL)

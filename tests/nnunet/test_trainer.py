@@ -12,6 +12,7 @@ import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from PIL import Image
 from torch import Tensor, nn
@@ -198,9 +199,10 @@ class KilledError(Exception):
     """What ends a training early."""
 
 
-@pytest.mark.parametrize(("epoch", "phase"), [(1, "quantized"), (2, "quantized")])
+@pytest.mark.parametrize(("epoch", "phase"), [(1, "float"), (2, "quantized"), (3, "quantized")])
 def test_a_killed_training_goes_on_in_its_phase(folders: Path, epoch: int, phase: str) -> None:
-    trainer = make(folders, nnUNetTrainerSSQAT, {**MIXED, "epochs": 3})
+    section = {**MIXED, "float_epochs": 2}
+    trainer = make(folders, nnUNetTrainerSSQAT, section)
     trainer.save_every = 1
     step = trainer.train_step
 
@@ -214,17 +216,18 @@ def test_a_killed_training_goes_on_in_its_phase(folders: Path, epoch: int, phase
         trainer.run_training()
     latest = read(trainer, "latest")
     assert latest["current_epoch"] == epoch and latest["monai_unetq"]["phase"] == phase
-    again = make(folders, nnUNetTrainerSSQAT, {**MIXED, "epochs": 3})
+    again = make(folders, nnUNetTrainerSSQAT, section)
     again.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_latest.pth"))
     expected, found = trainer.core.state_dict(), again.core.state_dict()
     assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
-    assert any("skip_supervision" in key for key in found)
+    assert any("skip_supervision" in key for key in found) == (phase == "quantized")
     saved, restored = latest["optimizer_state"], again.optimizer.state_dict()
     assert (
         saved["param_groups"] == restored["param_groups"]
         and saved["state"].keys() == restored["state"].keys()
     )
-    assert again.lr_scheduler._rates == trainer.lr_scheduler._rates
+    if phase == "quantized":
+        assert again.lr_scheduler._rates == trainer.lr_scheduler._rates
     final = trained(again)
     assert final["current_epoch"] == 4 and len(final["logging"]["mean_fg_dice"]) == 4
 
@@ -325,6 +328,15 @@ def test_fixed_point_folds_its_batch_norms(folders: Path) -> None:
         make(folders, nnUNetTrainerFixedPoint, {**section, "scale": "free"}, dataset=REGIONS)
 
 
+def test_nnunet_finds_the_trainers_by_its_variable(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("nnUNetTrainerSSQAT", "nnUNetTrainerQAT", "nnUNetTrainerFixedPoint")
+    found = [recursive_find_trainer_class_by_name(name) for name in names]
+    assert found == [nnUNetTrainerSSQAT, nnUNetTrainerQAT, nnUNetTrainerFixedPoint]
+    monkeypatch.delenv("nnUNet_extTrainer")
+    with pytest.raises(RuntimeError, match="specify the external path via the `nnUNet_extTrainer`"):
+        recursive_find_trainer_class_by_name(names[0])
+
+
 def test_without_deep_supervision(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make(folders, nnUNetTrainerSSQAT, MIXED)
     trainer.enable_deep_supervision = False
@@ -353,6 +365,30 @@ def test_broken_and_unsupported_requests_are_refused_at_once(
         make(folders, nnUNetTrainerSSQAT, MIXED).initialize()
 
 
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"budget": ["weights=4parsecs"]}, "budget 'weights=4parsecs' is none"),
+        ({"weights": "int4", "activations": "pow2-4"}, "input of layer"),
+    ],
+)
+def test_what_cannot_be_quantized_fails_before_the_float_phase(
+    folders: Path, section: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(folders, nnUNetTrainerSSQAT, {"activations": "int6", **SHORT, **section}).initialize()
+
+
+def test_sensitivities_are_used_again_for_the_same_cases_only(folders: Path) -> None:
+    kept = []
+    for batches in (2, 3):
+        trainer = make(folders, nnUNetTrainerSSQAT, {**MIXED, "calibration_batches": batches})
+        trainer.initialize()
+        trainer._plan(trainer._float_network(trainer.core.state_dict()), trainer._batches())
+        kept.append({path.parent.parent.name for path in trainer.folder.rglob("sensitivities.json")})
+    assert len(kept[0]) == 1 and len(kept[1]) == 2
+
+
 def test_a_checkpoint_of_another_trainer_is_refused(folders: Path, tmp_path: Path) -> None:
     file = tmp_path / "checkpoint.pth"
     torch.save({"trainer_name": "nnUNetTrainer", "network_weights": {}}, file)
@@ -368,8 +404,9 @@ def test_a_missing_float_file_is_named(folders: Path) -> None:
     trained(trainer)
     (trainer.folder / "float.pt").unlink()
     again = make(folders, nnUNetTrainerSSQAT, MIXED)
+    again.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))  # enough for --val
     with pytest.raises(FileNotFoundError, match=r"float\.pt: no such file, expected the float weights"):
-        again.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
+        again.run_training()
 
 
 def test_monais_way_into_nnunet(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
