@@ -353,14 +353,19 @@ def _slug(row: str) -> str:
 
 
 def collected(study: Study) -> dict[str, Any]:
-    """Everything that is there, as one document."""
+    """Everything that is there, as one document, to three decimals."""
+
+    def read(file: Path) -> Any:
+        text = file.read_text(encoding="utf-8")
+        return json.loads(text, parse_float=lambda number: round(float(number), 3))
+
     files = sorted((study.out / study.kind).glob("*/*/seed*/score.json"))
     settings = study.comparison.settings
     return {
         "kind": study.kind, "versions": versions(), "preset": study.comparison.preset, "width": settings.width,
         "float_steps": settings.float_epochs * settings.steps_per_epoch, "steps": study.epochs * settings.steps_per_epoch,
         "batch_size": settings.batch_size, "patch_size": list(settings.patch_size), "scale": study.scale,
-        "metric": study.metric, "rows": [json.loads(file.read_text(encoding="utf-8")) for file in files],
+        "metric": study.metric, "rows": [read(file) for file in files],
     }  # fmt: skip
 
 
