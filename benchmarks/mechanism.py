@@ -7,7 +7,6 @@ validation cases, the trained rows' errors on test cases. Every part is kept in 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
@@ -35,7 +34,7 @@ from monai_unetq.recipe import versions
 from monai_unetq.recipe.stage import open_stage
 from monai_unetq.report.figures import _COLORS, _SOFT, _figure, _picture
 from monai_unetq.reproduction.pages import write_page
-from monai_unetq.reproduction.run import PRESETS, alone, prediction_file, read_mask, read_pixels
+from monai_unetq.reproduction.run import alone, prediction_file, read_mask, read_pixels
 from monai_unetq.sensitivity.metrics import network_digest
 from monai_unetq.surgery import SkipConvolution
 from monai_unetq.training import SkipSupervisionLoss, reestimate_norms
@@ -649,24 +648,9 @@ def collected(study: ssqat.Study, widths: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure one data set, or write the page; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "kind", choices=("em", "gm", "nih", "page"), help="a data set; page: write --page from --out"
-    )
-    parser.add_argument("--dataset", type=Path, metavar="DIR", help="the prepared data set")
-    parser.add_argument("--study", type=Path, metavar="DIR", help="--out of unetq reproduce")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="--out of ssqat.py")
-    parser.add_argument(
-        "--page", type=Path, metavar="DIR", default=Path("docs/results"), help="folder of the page"
-    )
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu", help="of unetq reproduce")
+    parser = ssqat.study_parser(__doc__, EXAMPLES, "--out of ssqat.py")
     parser.add_argument(
         "--widths", choices=ssqat.WIDTHS, default="W3A4", metavar="WnAm", help="(default: %(default)s)"
-    )
-    parser.add_argument(
-        "--epochs", type=int, default=8, metavar="N", help="of every trained row (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
     source = options.out / "mechanism"

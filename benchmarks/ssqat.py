@@ -427,21 +427,30 @@ def study_of(options: argparse.Namespace) -> Study:
     return Study(comparison, options.out, options.epochs)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study of one data set, or write the page; returns the exit status."""
+def study_parser(description: str | None, examples: str, out: str) -> argparse.ArgumentParser:
+    """A parser of what ``study_of`` and the page take; ``out`` says what --out is."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "kind", choices=("em", "gm", "nih", "page"), help="a data set; page: write --page from --out"
     )
     parser.add_argument("--dataset", type=Path, metavar="DIR", help="the prepared data set")
     parser.add_argument("--study", type=Path, metavar="DIR", help="--out of unetq reproduce")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="everything is kept there")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=out)
     parser.add_argument(
         "--page", type=Path, metavar="DIR", default=Path("docs/results"), help="folder of the page"
     )
     parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu", help="of unetq reproduce")
+    parser.add_argument(
+        "--epochs", type=int, default=8, metavar="N", help="of every row (default: %(default)s)"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the study of one data set, or write the page; returns the exit status."""
+    parser = study_parser(__doc__, EXAMPLES, "everything is kept there")
     parser.add_argument(
         "--widths", nargs="+", choices=WIDTHS, default=WIDTHS, metavar="WnAm", help="(default: all)"
     )
@@ -449,9 +458,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--rows", nargs="+", choices=(CONTROL, *ROWS), default=(CONTROL, *ROWS), metavar="ROW"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="(default: 0)")
-    parser.add_argument(
-        "--epochs", type=int, default=8, metavar="N", help="of every row (default: %(default)s)"
-    )
     parser.add_argument(
         "--metric", choices=("hessian", "fisher", "sqnr"), default="sqnr", help="(%(default)s)"
     )

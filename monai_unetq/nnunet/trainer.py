@@ -122,22 +122,18 @@ class _QuantizingTrainer(nnUNetTrainer):
     def check_request(cls, request: Request, where: str) -> None:
         """Raise a ValueError for a request that this trainer cannot serve."""
 
-    @staticmethod
+    @classmethod
+    def network_configuration(cls, configuration: Any) -> Any:
+        """The configuration that the network is built from; nnU-Net's ``ConfigurationManager``."""
+        return configuration
+
+    @classmethod
     def build_float_network(
-        plans_manager: Any,
-        configuration_manager: Any,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
+        cls, plans_manager: Any, configuration_manager: Any, *more: Any, **options: Any
     ) -> nn.Module:
-        """The float network, as nnU-Net builds it."""
-        return nnUNetTrainer.build_network_architecture(
-            plans_manager,
-            configuration_manager,
-            num_input_channels,
-            num_output_channels,
-            enable_deep_supervision,
-        )
+        """The float network; arguments as ``build_network_architecture``'s."""
+        configuration = cls.network_configuration(configuration_manager)
+        return nnUNetTrainer.build_network_architecture(plans_manager, configuration, *more, **options)
 
     @classmethod
     def build_network_architecture(
@@ -634,16 +630,7 @@ class nnUNetTrainerFixedPoint(nnUNetTrainerQAT):  # noqa: N801
         """None: other trainers have other norms."""
         return None
 
-    @staticmethod
-    def build_float_network(
-        plans_manager: Any,
-        configuration_manager: Any,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """nnU-Net's network with batch norms and ReLU."""
-        return _QuantizingTrainer.build_float_network(
-            plans_manager, on_batch_norm(configuration_manager), num_input_channels, num_output_channels,
-            enable_deep_supervision,
-        )  # fmt: skip
+    @classmethod
+    def network_configuration(cls, configuration: Any) -> Any:
+        """With batch norms and ReLU."""
+        return on_batch_norm(configuration)
