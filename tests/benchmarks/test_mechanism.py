@@ -174,7 +174,7 @@ def test_an_error_map_is_small(study: ModuleType, tmp_path: Path) -> None:
 
 def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = write_phantom("em", tmp_path / "raw", dimensions=2, size=48, count=6)
-    small = study.PRESETS["quick"]["em"]
+    small = study.ssqat.PRESETS["quick"]["em"]
     small = study.ssqat.replace(small, width=2, steps_per_epoch=3, batch_size=2, patch_size=(32, 32))
     monkeypatch.setattr(study.ssqat, "PRESETS", {"cpu": {"em": small}})
     monkeypatch.setattr(study, "BITS", (2,))
