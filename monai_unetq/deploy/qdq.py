@@ -106,11 +106,13 @@ class _Lowering:
             self._emulate(node, source, scale, qmin, qmax, kind, layer)
             return
         signed = qmin < 0
-        beside = [node, *_concatenated(node)]
+        beside = _beside(node)
+        # OpenVINO convolves int8 activations wrongly where there is no VNNI, and transposed ones with a zero point in float.
         offset = (
             self.target != "tensorrt"
             and qmax <= _INT8[1]
             and any(attribute(quant, "qmin") < 0 for quant in beside)
+            and not all(_feeds_transposed_only(quant) for quant in beside)
         )
         if self.target == "tensorrt" and not signed:
             if qmax > _INT8[1]:
@@ -122,9 +124,8 @@ class _Lowering:
         zero_point = 0
         dtype: np.dtype[Any] = np.dtype(np.uint8)
         if offset:
-            # OpenVINO's convolutions of int8 that comes from a concatenation are wrong where there is no VNNI.
             (low, high), zero_point = _INT8, 128
-        elif not signed and qmax <= 255:
+        elif not signed and not (qmax <= _INT8[1] and any(attribute(quant, "qmin") < 0 for quant in beside)):
             low, high = 0, 255
         elif qmax <= _INT8[1]:
             (low, high), dtype = _INT8, np.dtype(np.int8)
@@ -368,15 +369,24 @@ class _Lowering:
         return add_initializer(self.graph, tensor, name)
 
 
-def _concatenated(quant: ir.Node) -> list[ir.Node]:
-    """The ``Quant`` nodes whose outputs are concatenated with this one's in front of a convolution, itself included."""
-    found: list[ir.Node] = []
+def _beside(quant: ir.Node) -> list[ir.Node]:
+    """The ``Quant`` nodes that must have one integer type: this one, and those concatenated with it."""
+    found = [quant]
     for use in quant.outputs[0].uses():
-        concat = use.node
-        if concat.op_type == "Concat" and any(u.node.op_type == "Conv" for u in concat.outputs[0].uses()):
-            makers = [value.producer() for value in concat.inputs if value is not None]
+        if use.node.op_type == "Concat":
+            makers = [value.producer() for value in use.node.inputs if value is not None]
             found += [maker for maker in makers if maker is not None and is_quant(maker)]
     return found
+
+
+def _feeds_transposed_only(quant: ir.Node) -> bool:
+    """Whether only transposed convolutions read a rounded activation, alone or concatenated."""
+    readers = [use.node for use in quant.outputs[0].uses()]
+    for node in list(readers):
+        if node.op_type == "Concat":
+            readers.remove(node)
+            readers += [use.node for use in node.outputs[0].uses()]
+    return bool(readers) and all(node.op_type == "ConvTranspose" for node in readers)
 
 
 def is_split(node: ir.Node) -> bool:
