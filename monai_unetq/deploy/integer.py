@@ -23,7 +23,7 @@ from ..files import write_json
 from ..parts import WHOLE
 from ..runtime.grids import Constants, assemble, infer, settled_bias
 from ..runtime.integer import PROGRAM_FILE, IntegerNetwork, constants_of
-from ..runtime.packed import read
+from ..runtime.packed import PackedFile, read
 from ..runtime.program import (
     IMAGE,
     Add,
@@ -119,19 +119,29 @@ def write(trace: Trace, network: nn.Module, folder: str | Path) -> Program:
         OSError: if the files cannot be written.
     """
     folder = Path(folder)
-    program, constants = _Lowering(trace).run()
+    lowering = _Lowering(trace)
+    program, constants = lowering.run()
     pack(network, folder / PACKED_FILE)
     file = read(folder / PACKED_FILE)
     stored = constants_of(program, file)
     for operation in program.operations:
         if isinstance(operation, Convolve):
             one, other = constants[operation.output], stored[operation.output]
-            if not (np.array_equal(one.weight, other.weight) and np.array_equal(one.bias, other.bias)):
+            same = np.array_equal(one.weight, other.weight) and np.array_equal(one.bias, other.bias)
+            if not same or not _vanishes(operation, file, lowering.finest[operation.output]):
                 raise ValueError(f"layer '{operation.layer}' is not what was traced: trace the network again")
     program = replace(program, packed=Packed(PACKED_FILE, file.document["checksum"]))
     IntegerNetwork(program, stored)
     write_json(folder / PROGRAM_FILE, program.to_json())
     return program
+
+
+def _vanishes(operation: Convolve, file: PackedFile, grid: tuple[int, ...]) -> bool:
+    """Whether a bias that the graph does not have, because it rounds to zeros, is zeros in the file, too."""
+    bias = file.tensors.get(f"{operation.layer}.bias")
+    if operation.bias or bias is None:
+        return True
+    return not any(integer for integer, _ in settled_bias(bias.array(), grid))
 
 
 class _Lowering:
@@ -156,6 +166,9 @@ class _Lowering:
         self.rounded: set[str] = set()
         self.operations: list[Operation] = []
         self.numbers: dict[str, Constants] = {}
+        self.finest: dict[
+            str, tuple[int, ...]
+        ] = {}  # convolution's output → the grid that its bias is rounded to
         self.done: set[str] = set()  # outputs of nodes that another one took along
         self.readers: dict[str, list[onnx.NodeProto]] = {}
 
@@ -201,7 +214,8 @@ class _Lowering:
         found = self.tensor(name) if IMAGE not in self.joined.get(name, ()) else IMAGE
         if found == IMAGE:
             raise self.refusal(
-                node, "it works on the image before that is rounded: let a quantized layer read the image first"
+                node,
+                "it works on the image before that is rounded: let a quantized layer read the image first",
             )
         return found
 
@@ -215,7 +229,12 @@ class _Lowering:
         return found
 
     def add(
-        self, operation: Operation, *, rounded: bool, constants: Constants | None = None, grid: Grid | None = None
+        self,
+        operation: Operation,
+        *,
+        rounded: bool,
+        constants: Constants | None = None,
+        grid: Grid | None = None,
     ) -> str:
         """Append an operation; the name of its output."""
         inputs = [self.grids[name] for name in operation.inputs if name != IMAGE]
@@ -326,7 +345,14 @@ def _quant(at: _Lowering, node: onnx.NodeProto) -> None:
         raise ValueError(f"{where}: its input is a constant")
     source = at.read(node) if at.joined.get(name) else at.tensor(name)
     operation = Round(
-        (source,), node.output[0], facts["layer"], facts["part"], -power, facts["qmin"], facts["qmax"], rounding
+        (source,),
+        node.output[0],
+        facts["layer"],
+        facts["part"],
+        -power,
+        facts["qmin"],
+        facts["qmax"],
+        rounding,
     )
     at.add(operation, rounded=True)
     at.names[node.output[0]] = operation.output
@@ -372,7 +398,8 @@ def _matmul(at: _Lowering, node: onnx.NodeProto) -> None:
     weight = _weight_of(at, node, 1)
     if not weight.turned or at.ranks[at.read(node)] != 2:
         raise at.refusal(
-            node, "a linear layer over one axis of an image: use a convolution with kernel 1, or flatten before it"
+            node,
+            "a linear layer over one axis of an image: use a convolution with kernel 1, or flatten before it",
         )
     readers = at.readers.get(node.output[0], [])
     if len(readers) == 1 and readers[0].op_type == "Add":
@@ -418,6 +445,7 @@ def _layer(
     rounds_bias = at.trace.plan[layer.name].bias == "accumulator"
     outputs = len(next(iter(steps.values()))[0])
     finest = tuple(max(step[o] for step, _ in steps.values()) for o in range(outputs))
+    at.finest[output] = finest if rounds_bias else ()
     bias_exponents = finest if bias is not None and rounds_bias else ()
     exponents = [
         max((step[o] for step, live in steps.values() if live[o]), default=0) for o in range(outputs)
@@ -428,7 +456,9 @@ def _layer(
             settled = settled_bias(bias, bias_exponents)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        exponents = [max(e, own) if integer else e for e, (integer, own) in zip(exponents, settled, strict=True)]
+        exponents = [
+            max(e, own) if integer else e for e, (integer, own) in zip(exponents, settled, strict=True)
+        ]
     operation = Convolve(
         inputs=(source,), output=output, layer=layer.name,
         parts=tuple(
@@ -462,9 +492,7 @@ def _layer(
     at.names[output] = output
 
 
-def _steps(
-    layer: TracedLayer, image: Grid, where: str
-) -> dict[str, tuple[list[int], list[bool]]]:
+def _steps(layer: TracedLayer, image: Grid, where: str) -> dict[str, tuple[list[int], list[bool]]]:
     """Part → exponents of input step × weight step for each output channel, and whether its weights are not all 0."""
     found: dict[str, tuple[list[int], list[bool]]] = {}
     begin = 0
@@ -497,7 +525,9 @@ def _relu(at: _Lowering, node: onnx.NodeProto) -> None:
 
 def _clip(at: _Lowering, node: onnx.NodeProto) -> None:
     source = at.read(node)
-    limits = [None if limit is None else float(limit) for limit in (at.constant(node, 1), at.constant(node, 2))]
+    limits = [
+        None if limit is None else float(limit) for limit in (at.constant(node, 1), at.constant(node, 2))
+    ]
     limits = [None if limit is None or math.isinf(limit) else limit for limit in limits]
     dyadic = [None if limit is None else _dyadic(limit) for limit in limits]
     finest = max((exponent for entry in dyadic if entry for exponent in entry[1:]), default=0)
@@ -529,7 +559,8 @@ def _leaky(at: _Lowering, node: onnx.NodeProto) -> None:
     if wrong is not None:
         near = 2.0 ** round(math.log2(wrong)) if wrong > 0 else 0.125
         raise at.refusal(
-            node, f"its slope {wrong:g} is no power of two: use ReLU, or train with a fixed slope such as {near:g}"
+            node,
+            f"its slope {wrong:g} is no power of two: use ReLU, or train with a fixed slope such as {near:g}",
         )
     known = [power for power in powers if power is not None]
     positive, negative = tuple(max(0, -p) for p in known), tuple(max(0, p) for p in known)
@@ -594,7 +625,9 @@ def _resize(at: _Lowering, node: onnx.NodeProto) -> None:
         at.give(node, Interpolate((source,), node.output[0], whole))
         at.rounded.discard(node.output[0])
     else:
-        raise at.refusal(node, f"mode {mode}, {place}: use linear upsampling with align_corners=False, or nearest")
+        raise at.refusal(
+            node, f"mode {mode}, {place}: use linear upsampling with align_corners=False, or nearest"
+        )
 
 
 def _factors(at: _Lowering, node: onnx.NodeProto) -> list[float]:
@@ -690,8 +723,6 @@ def _slice(at: _Lowering, node: onnx.NodeProto) -> None:
 def _pad(at: _Lowering, node: onnx.NodeProto) -> None:
     source, facts = at.read(node), _attributes(node)
     pads, value, axes = at.constant(node, 1), at.constant(node, 2), at.constant(node, 3)
-    if facts.get("mode", "constant") != "constant" or (value is not None and float(value) != 0):
-        raise at.refusal(node, "it does not pad with zeros: use padding_mode 'zeros'")
     if pads is None:
         raise at.refusal(node, "its size is not known")
     rank = at.dimensions + 2
@@ -704,7 +735,10 @@ def _pad(at: _Lowering, node: onnx.NodeProto) -> None:
     if not any(begin + end):
         at.names[node.output[0]] = source
         return
-    at.give(node, Pad((source,), node.output[0], (*begin[2:], *end[2:])))
+    mode = facts.get("mode", "constant")
+    if mode not in ("constant", "edge") or (mode == "constant" and value is not None and float(value) != 0):
+        raise at.refusal(node, f"it pads with '{mode}' values: use zeros, or 'replicate'")
+    at.give(node, Pad((source,), node.output[0], (*begin[2:], *end[2:]), mode == "edge"))
 
 
 def _add(at: _Lowering, node: onnx.NodeProto) -> None:

@@ -89,7 +89,9 @@ def assemble(
         pieces.append(codes << shifts)
     weight = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
     if operation.bias != (bias is not None):
-        raise ValueError(f"{where}: {'no bias is there' if operation.bias else 'a bias is there'}, unexpectedly")
+        raise ValueError(
+            f"{where}: {'no bias is there' if operation.bias else 'a bias is there'}, unexpectedly"
+        )
     if bias is None:
         return Constants(weight, np.zeros(len(exponents), np.int64))
     if bias.dtype != np.float32 or bias.shape != (len(exponents),):
@@ -133,7 +135,9 @@ def _bias(bias: np.ndarray, grid: Sequence[int], exponents: Sequence[int], where
     found = []
     for channel, ((integer, own), exponent) in enumerate(zip(settled, exponents, strict=True)):
         if integer and own > exponent:
-            raise ValueError(f"{where}: the bias of output channel {channel} is not on the accumulator's grid")
+            raise ValueError(
+                f"{where}: the bias of output channel {channel} is not on the accumulator's grid"
+            )
         aligned = integer << (exponent - own) if integer else 0
         if abs(aligned) >= LIMIT:
             raise ValueError(
@@ -164,9 +168,7 @@ def infer(operation: Operation, inputs: Sequence[Grid], constants: Constants | N
     return grid
 
 
-def _infer(
-    operation: Operation, inputs: Sequence[Grid], constants: Constants | None, channels: int
-) -> Grid:
+def _infer(operation: Operation, inputs: Sequence[Grid], constants: Constants | None, channels: int) -> Grid:
     if isinstance(operation, Round):
         count = inputs[0].channels if inputs else channels
         bound = max(abs(operation.low), abs(operation.high))
@@ -220,7 +222,9 @@ def _infer(
         size = operation.size
         if size < 1:
             raise ValueError(f"'{operation.output}': 'size' is {size}, expected 1 or more")
-        return Grid(tuple(e for e in exponents for _ in range(size)), tuple(b for b in bounds for _ in range(size)))
+        return Grid(
+            tuple(e for e in exponents for _ in range(size)), tuple(b for b in bounds for _ in range(size))
+        )
     assert isinstance(operation, (MaxPool, Repeat, Pad, Slice))
     return first
 

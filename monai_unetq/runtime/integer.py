@@ -54,7 +54,9 @@ def load(folder: str | Path) -> IntegerNetwork:
     """
     path = Path(folder) / PROGRAM_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected an integer program (unetq export --to integer)")
+        raise FileNotFoundError(
+            f"{path}: no such file, expected an integer program (unetq export --to integer)"
+        )
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -81,7 +83,7 @@ def constants_of(program: Program, file: PackedFile) -> dict[str, Constants]:
     for operation in program.operations:
         if isinstance(operation, Convolve):
             weights = {part.part: _weight(file, operation, part.part) for part in operation.parts}
-            bias = file.tensors.get(f"{operation.layer}.bias")
+            bias = file.tensors.get(f"{operation.layer}.bias") if operation.bias else None
             exponents = program.grids[operation.output].exponents
             found[operation.output] = assemble(
                 operation, weights, None if bias is None else bias.array(), exponents
@@ -270,7 +272,9 @@ def _round(operation: Round, inputs: Sequence[np.ndarray], sources: Sequence[Gri
         zip(inputs[0], source.exponents, source.bounds, strict=True)
     ):
         # Rounding adds before it shifts, and a shift to the left needs room for what comes in.
-        ends = max(abs(operation.low), abs(operation.high)) + (2 << min(max(0, operation.exponent - exponent), 32))
+        ends = max(abs(operation.low), abs(operation.high)) + (
+            2 << min(max(0, operation.exponent - exponent), 32)
+        )
         reach = 4 * max(bound, ends) + 4
         wide = values.astype(kernels.integer_dtype(reach, 32), copy=False)
         out[channel] = _round_integers(operation, wide, exponent, bound)
@@ -359,7 +363,7 @@ def _interpolate(
 
 
 def _pad(operation: Pad, inputs: Sequence[np.ndarray], sources: Sequence[Grid], grid: Grid) -> np.ndarray:
-    return kernels.pad_spatial(inputs[0], operation.pads, 0)
+    return kernels.pad_spatial(inputs[0], operation.pads, None if operation.edge else 0)
 
 
 def _flatten(

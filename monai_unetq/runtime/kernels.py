@@ -260,9 +260,7 @@ class ConvolutionPlan:
             reach = self.dilations[axis] * (self.kernel[axis] - 1)
             around = self.pads[axis] + self.pads[n + axis]
             if self.transposed:
-                out.append(
-                    self.stride[axis] * (size - 1) + reach + 1 + self.output_padding[axis] - around
-                )
+                out.append(self.stride[axis] * (size - 1) + reach + 1 + self.output_padding[axis] - around)
             else:
                 out.append((size + around - reach - 1) // self.step[axis] + 1)
         if any(size < 1 for size in out):
@@ -300,7 +298,10 @@ def plan_convolution(
     if transposed:
         for phase in product(*map(range, strides)):
             offsets = [
-                tuple(p + b - d * t for p, b, d, t in zip(phase, pads[: len(kernel)], dilations, tap, strict=True))
+                tuple(
+                    p + b - d * t
+                    for p, b, d, t in zip(phase, pads[: len(kernel)], dilations, tap, strict=True)
+                )
                 for tap in taps
             ]
             chosen = [
@@ -310,7 +311,8 @@ def plan_convolution(
             passes.append((phase, chosen, bases))
     else:
         bases = [
-            tuple(d * t - b for d, t, b in zip(dilations, tap, pads[: len(kernel)], strict=True)) for tap in taps
+            tuple(d * t - b for d, t, b in zip(dilations, tap, pads[: len(kernel)], strict=True))
+            for tap in taps
         ]
         passes.append(((0,) * len(kernel), list(range(len(taps))), bases))
     bounds = np.array([min(b, 1 << 62) for b in input_bounds], dtype=np.int64).reshape(groups, -1)
@@ -521,7 +523,11 @@ def clip_channels(values: np.ndarray, low: Sequence[int], high: Sequence[int]) -
 
 
 def max_pool(
-    values: np.ndarray, kernel: Sequence[int], strides: Sequence[int], pads: Sequence[int], dilations: Sequence[int]
+    values: np.ndarray,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
 ) -> np.ndarray:
     """Largest value of each window; values (C, N, …), pads begin of each axis, then end."""
     padded = pad_spatial(values, pads, int(np.iinfo(values.dtype).min))
@@ -562,8 +568,8 @@ def _windows(
         yield values[(slice(None), slice(None), *slices)]
 
 
-def pad_spatial(values: np.ndarray, pads: Sequence[int], constant: int) -> np.ndarray:
-    """Constants around (C, N, …); pads begin of each axis, then end; negative ones crop."""
+def pad_spatial(values: np.ndarray, pads: Sequence[int], constant: int | None) -> np.ndarray:
+    """A constant, or (None) the nearest pixel, around (C, N, …); pads begin of each axis, then end; negative ones crop."""
     if not any(pads):
         return values
     n = values.ndim - 2
@@ -572,6 +578,8 @@ def pad_spatial(values: np.ndarray, pads: Sequence[int], constant: int) -> np.nd
     )
     cropped = values[(slice(None), slice(None), *crop)]
     widths = [(0, 0), (0, 0), *((max(0, pads[axis]), max(0, pads[n + axis])) for axis in range(n))]
+    if constant is None:
+        return np.pad(cropped, widths, mode="edge")
     return np.pad(cropped, widths, constant_values=constant)
 
 

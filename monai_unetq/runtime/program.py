@@ -90,9 +90,7 @@ class Grid:
         channels = document["channels"]
         if not _is_int(channels) or not 1 <= channels <= 1 << 20:
             raise ValueError(f"{where}: 'channels' is {channels!r}, expected a positive integer")
-        exponents, bounds = (
-            _long(document[k], channels, f"{where}: '{k}'") for k in ("exponent", "bound")
-        )
+        exponents, bounds = (_long(document[k], channels, f"{where}: '{k}'") for k in ("exponent", "bound"))
         if min(bounds) < 0:
             raise ValueError(f"{where}: 'bound' is {min(bounds)}, expected 0 or more")
         return cls(exponents, bounds)
@@ -255,10 +253,11 @@ class Interpolate(Operation):
 
 @dataclass(frozen=True)
 class Pad(Operation):
-    """Zeros around; ``pads`` begin of each axis, then end of each axis; negative ones crop."""
+    """Zeros, or the nearest pixels, around; ``pads`` begin of each axis, then end of each axis; negative ones crop."""
 
     kind = "pad"
     pads: Ints
+    edge: bool
 
 
 @dataclass(frozen=True)
@@ -398,7 +397,9 @@ def _packed(entry: Any, source: str) -> Packed | None:
     if not isinstance(name, str) or not isinstance(entry["checksum"], str):
         raise ValueError(f"{source}: packed: 'file' and 'checksum' are not both text")
     if not name or name in (".", "..") or "/" in name or "\\" in name:
-        raise ValueError(f"{source}: packed: 'file' is {name!r}, expected the name of a file in the same folder")
+        raise ValueError(
+            f"{source}: packed: 'file' is {name!r}, expected the name of a file in the same folder"
+        )
     return Packed(name, entry["checksum"])
 
 
@@ -494,7 +495,9 @@ def _check_sizes(operation: Operation, where: str, dimensions: int) -> None:
     if isinstance(operation, Convolve):
         n = len(operation.strides)
         if n not in (0, dimensions):
-            raise ValueError(f"{where}: 'strides' are for {n} axes, expected {dimensions}, or 0 for a linear layer")
+            raise ValueError(
+                f"{where}: 'strides' are for {n} axes, expected {dimensions}, or 0 for a linear layer"
+            )
         axes = {"strides": (n, 1), "pads": (2 * n, 0), "dilations": (n, 1), "output_padding": (n, 0)}
         if operation.groups < 1:
             raise ValueError(f"{where}: 'groups' is {operation.groups}, expected 1 or more")
@@ -540,9 +543,7 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_keys(
-    document: Any, where: str, required: tuple[str, ...], optional: tuple[str, ...] = ()
-) -> None:
+def _check_keys(document: Any, where: str, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
     if not isinstance(document, dict):
         raise ValueError(f"{where}: found a {type(document).__name__}, expected an object")
     missing = [key for key in required if key not in document]
