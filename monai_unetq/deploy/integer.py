@@ -169,6 +169,7 @@ class _Lowering:
         self.finest: dict[
             str, tuple[int, ...]
         ] = {}  # convolution's output → the grid that its bias is rounded to
+        self.sizes: set[str] = set()  # what is computed from shapes
         self.done: set[str] = set()  # outputs of nodes that another one took along
         self.readers: dict[str, list[onnx.NodeProto]] = {}
 
@@ -182,6 +183,11 @@ class _Lowering:
         for node in _needed(graph):
             if node.output[0] in self.done:
                 continue
+            if node.op_type == "Shape" or self.sizes & set(node.input):
+                known = any(name in self.names or name in self.joined for name in node.input)
+                if node.op_type == "Shape" or not known:
+                    self.sizes |= set(node.output)
+                    continue
             handler = _HANDLERS.get((node.domain, node.op_type))
             if handler is None:
                 raise self.refusal(node, _ADVICE.get(node.op_type, "there is no integer form of it here"))
@@ -263,13 +269,13 @@ class _Lowering:
         return self.add(Shift((name,), f"{node.output[0]}.finer", tuple(by)), rounded=name in self.rounded)
 
     def static(self, node: onnx.NodeProto, name: str) -> tuple[int, ...]:
-        """The shape of a value of the graph.
+        """The shape of a value of the graph; the batch counts as 0 where it is free.
 
         Raises:
             ValueError: if it is not fixed.
         """
         shape = self.shapes.get(name, ())
-        if not shape or not all(shape):
+        if not shape or not all(shape[1:]):  # the batch may have any size
             raise self.refusal(node, "it depends on the image's size: trace with a fixed size")
         return shape
 
@@ -300,7 +306,10 @@ def _module_of(node: onnx.NodeProto) -> tuple[str, str]:
     try:
         scopes = ast.literal_eval(facts["pkg.torch.onnx.name_scopes"])
         classes = ast.literal_eval(facts["pkg.torch.onnx.class_hierarchy"])
-        return str(scopes[-2]) or "the network", str(classes[-2]).rpartition(".")[2]
+        kind = str(classes[-2]).rpartition(".")[2]
+        if kind.startswith("_empty"):  # what the exporter calls what stands in no module
+            raise KeyError(kind)
+        return str(scopes[-2]) or "the network", kind
     except (KeyError, ValueError, SyntaxError, IndexError, TypeError):
         return node.name or node.output[0], ""
 
@@ -634,7 +643,7 @@ def _factors(at: _Lowering, node: onnx.NodeProto) -> list[float]:
     scales = at.constant(node, 2) if len(node.input) > 2 and node.input[2] else None
     if scales is None or not scales.size:
         before, after = at.static(node, node.input[0]), at.static(node, node.output[0])
-        scales = np.array([b / a for a, b in zip(before, after, strict=True)])
+        scales = np.array([1.0] + [b / a for a, b in zip(before[1:], after[1:], strict=True)])
     if len(scales) == at.dimensions + 2:
         if any(float(s) != 1 for s in scales[:2]):
             raise at.refusal(node, "it scales channels")

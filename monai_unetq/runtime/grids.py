@@ -267,7 +267,7 @@ def _reach(magnitudes: np.ndarray, bounds: Sequence[int], groups: int) -> list[i
     kind: type = np.int64 if top * max(bounds) * inputs < LIMIT else object
     sums = magnitudes.sum(axis=2) if top < LIMIT else magnitudes.astype(object).sum(axis=2)
     grouped = sums.astype(kind).reshape(groups, outputs // groups, inputs)
-    reach = np.array(bounds, dtype=kind).reshape(groups, 1, inputs)
+    reach: np.ndarray = np.array(bounds, dtype=kind).reshape(groups, 1, inputs)
     return [int(value) for value in (grouped * reach).sum(axis=2).reshape(-1)]
 
 

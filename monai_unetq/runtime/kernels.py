@@ -129,31 +129,23 @@ def round_literally(values: np.ndarray, exponent: int, to: int, low: int, high: 
     return (np.sign(values) * rounded).clip(low, high)
 
 
-def round_float_bits(
-    values: np.ndarray, exponent: int | np.ndarray, low: int | None = None, high: int | None = None
-) -> np.ndarray:
+def round_float_bits(values: np.ndarray, exponent: int, low: int, high: int) -> np.ndarray:
     """clamp(round half to even(values · 2^exponent), low, high), found from the values' bits.
 
     Args:
         values: float32, any shape; never computed with.
-        exponent: of the result, or one for each value (broadcast).
-        low: least integer; infinities saturate.
-        high: largest integer, at most 2^24; without limits every result has to fit in 62 bits.
+        exponent: of the result.
+        low: least integer, at least -2^24; infinities saturate.
+        high: largest integer, at most 2^24.
 
     Returns:
         int64, same shape.
 
     Raises:
-        ValueError: if a value is NaN; without limits, also if one is infinite or does not fit.
+        ValueError: if a value is NaN.
     """
     mantissa, power = float_parts(values)
-    shift = power + np.asarray(exponent, dtype=np.int64)
-    if low is None or high is None:
-        # 24 bits of mantissa and 38 of shift are 62.
-        if ((shift > _FAR) & (mantissa != 0)).any():
-            raise ValueError("a value does not fit in 62 bits")
-    rounded = _round_by(mantissa, shift)
-    return rounded if low is None or high is None else rounded.clip(low, high)
+    return _round_by(mantissa, power + exponent).clip(low, high)
 
 
 def round_float_literally(values: np.ndarray, to: int, low: int, high: int) -> np.ndarray:
@@ -474,7 +466,8 @@ def _planes(
     shape = tuple(m - low + size for m, low, size in zip(most, least, sizes, strict=True))
     strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
     planes: dict[tuple[int, ...], int] = {}
-    buffers, offsets = [], []
+    buffers: list[np.ndarray] = []
+    offsets: list[tuple[int, int]] = []
     for remainder, quotient in taps:
         key = tuple(remainder)
         if key not in planes:
@@ -513,12 +506,11 @@ def _plane(
 
 def clip_channels(values: np.ndarray, low: Sequence[int], high: Sequence[int]) -> np.ndarray:
     """clamp(values, low, high), (C,) each or empty for no limit; values (C, …)."""
-    lows, highs = set(low), set(high)
-    if len(lows) <= 1 and len(highs) <= 1:
-        return values.clip(lows.pop() if lows else None, highs.pop() if highs else None)
     out = np.empty_like(values)
     for channel, piece in enumerate(values):
-        out[channel] = piece.clip(low[channel] if low else None, high[channel] if high else None)
+        if low:
+            piece = np.maximum(piece, low[channel])
+        out[channel] = np.minimum(piece, high[channel]) if high else piece
     return out
 
 

@@ -342,7 +342,7 @@ class Program:
         """
         if not isinstance(document, dict) or document.get("kind") != KIND:
             raise ValueError(f"{source}: no integer program ('kind' is not '{KIND}')")
-        version = document.get("version")
+        version: Any = document.get("version")
         if not _is_int(version) or version < 1:
             raise ValueError(f"{source}: corrupted: 'version' is {version!r}, expected {VERSION}")
         if version > VERSION:
@@ -470,8 +470,8 @@ def _value(value: Any, name: str, annotation: str, kind: str, grid: Grid, where:
         if value not in accepted:
             raise ValueError(f"{place} is {value!r}, expected one of {', '.join(accepted)}")
         return value
-    expected = {"str": str, "int": int, "bool": bool}[annotation]
-    if type(value) is not expected or (expected is int and abs(value) >= 1 << 31):
+    expected: type = {"str": str, "int": int, "bool": bool}[annotation]
+    if type(value) is not expected or (isinstance(value, int) and abs(value) >= 1 << 31):
         raise ValueError(f"{place} is {value!r}, expected {annotation}")
     return value
 
