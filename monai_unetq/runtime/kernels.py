@@ -525,7 +525,7 @@ def max_pool(
     padded = pad_spatial(values, pads, int(np.iinfo(values.dtype).min))
     out: np.ndarray | None = None
     for window in _windows(padded, kernel, strides, dilations):
-        out = window.copy() if out is None else np.maximum(out, window, out)
+        out = window.copy() if out is None else np.maximum(out, window, out=out)
     assert out is not None
     return out
 
@@ -537,7 +537,7 @@ def sum_pool(
     padded = pad_spatial(values, pads, 0)
     out: np.ndarray | None = None
     for window in _windows(padded, kernel, strides, [1] * len(kernel)):
-        out = window.copy() if out is None else np.add(out, window, out)
+        out = window.copy() if out is None else np.add(out, window, out=out)
     assert out is not None
     return out
 
