@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import datasets, networks, recipe, sensitivity, training, transforms
     from .allocation import allocate
-    from .deploy import inspect_packed, pack, unpack
+    from .deploy import export, inspect_packed, pack, unpack
     from .formats import QFormat
     from .plan import LayerPlan, QuantPlan
     from .sensitivity import hessian_traces
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         quantize,
         split,
         strip,
+        tie,
     )
     from .training import calibrate
 
@@ -42,6 +43,7 @@ __all__ = [
     "calibrate",
     "datasets",
     "dequantize",
+    "export",
     "find_skips",
     "fold",
     "hessian_traces",
@@ -55,6 +57,7 @@ __all__ = [
     "sensitivity",
     "split",
     "strip",
+    "tie",
     "training",
     "transforms",
     "unpack",
@@ -69,6 +72,7 @@ _HOME = {
     "attach_teacher": "surgery",
     "calibrate": "training",
     "dequantize": "surgery",
+    "export": "deploy",
     "find_skips": "surgery",
     "fold": "surgery",
     "hessian_traces": "sensitivity",
@@ -79,6 +83,7 @@ _HOME = {
     "quantize": "surgery",
     "split": "surgery",
     "strip": "surgery",
+    "tie": "surgery",
     "unpack": "deploy",
 }
 """Public name → the module of ours that defines it."""

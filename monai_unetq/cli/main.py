@@ -19,6 +19,7 @@ from .allocate import add_allocate_command
 from .bundle import add_bundle_command
 from .cost import add_cost_command
 from .data import add_data_command
+from .export import add_export_command, add_verify_command
 from .inspect import add_inspect_command, aligned
 from .nnunet import add_nnunet_command
 from .reproduce import add_reproduce_command
@@ -54,6 +55,8 @@ examples:
   unetq reproduce em --data DIR --out DIR     the 2019 paper's comparison on your data
   unetq sensitivity MODEL --data DIR --out F  how much each tensor minds being rounded
   unetq nnunet path                           let nnU-Net train quantized networks
+  unetq export MODEL --to openvino --out DIR  a trained model for OpenVINO, ONNX Runtime, FINN or integers
+  unetq verify DIR                            does an exported model compute what it should?
 
 'unetq COMMAND --help' explains a command. UNETQ_DEBUG=1 shows the traceback of an error.
 """
@@ -150,6 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     add_nnunet_command(commands, _command)
     add_reproduce_command(commands, _command)
     add_sensitivity_command(commands, _command)
+    add_export_command(commands, _command)
+    add_verify_command(commands, _command)
     return parser
 
 

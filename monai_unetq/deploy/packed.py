@@ -227,6 +227,28 @@ def inspect_packed(path: str | Path) -> dict[str, Any]:
     }
 
 
+def packed_shapes(path: str | Path) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Shapes of the weights in a packed file, in the layers' own layout, and what its modules without state are.
+
+    A split weight stands under its layer's key, its parts together.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is truncated, corrupted or foreign.
+    """
+    document, tensors = _read(Path(path))
+    shapes: dict[str, list[int]] = {}
+    for key, tensor in tensors.items():
+        layer, part = _layer_and_part(key)
+        shape = [*document["packed"].get(key, tensor.shape)]
+        name = key if part == WHOLE else f"{layer}.weight"
+        if name in shapes:
+            shapes[name][1] += shape[1]
+        else:
+            shapes[name] = shape
+    return shapes, dict(document["functions"])
+
+
 def _functions(network: nn.Module) -> dict[str, str]:
     """Name → what it is, for every module that computes without state: activations, pooling, upsampling.
 

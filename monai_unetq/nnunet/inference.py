@@ -84,6 +84,7 @@ class TrainedFolder(nn.Module):
         if max(predictor.label_manager.all_labels) > 255:
             raise NotImplementedError(f"{place}: has labels above 255; use nnUNetv2_predict")
         self.network = predictor.network
+        self.patch_size = tuple(map(int, predictor.configuration_manager.patch_size))
         self._predictor = (predictor,)  # in a tuple: it is no module
 
     def forward(self, image: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from .quantize import dequantize, plan_of, plan_of_state, quantize, quantized_la
 from .skips import SkipConvolution, Skips, find_skips
 from .split import split
 from .supervise import SupervisedOutput, attach_supervision, attach_teacher, inference_state, strip
+from .tie import tie
 
 __all__ = [
     "SkipConvolution",
@@ -28,4 +29,5 @@ __all__ = [
     "set_quantizers",
     "split",
     "strip",
+    "tie",
 ]

@@ -12,6 +12,7 @@ from ..quantizers import RangeMethod, RangeObserver
 from .observe import evaluating, observe
 from .quantize import quantized_layers
 from .rescale import rescale
+from .tie import tie_layer
 
 __all__ = ["calibrate", "image_of"]
 
@@ -35,7 +36,8 @@ def image_of(batch: Any) -> Tensor:
 def calibrate(network: nn.Module, batches: Iterable[Any], method: RangeMethod = "mse") -> nn.Module:
     """Fit a quantized network to its formats, in place, from a few batches of *training* data.
 
-    Scales of ``intN`` activations and weights are set from the values seen. Static formats have no scale to set:
+    Scales of ``intN`` activations and weights are set from the values seen; those of a split convolution's parts then meet
+    on one grid (``tie``) where they are powers of two. Static formats have no scale to set:
     there the network is rescaled to the formats, by powers of two in its paired batch norms (``surgery.rescale``).
 
     Args:
@@ -92,6 +94,8 @@ def calibrate(network: nn.Module, batches: Iterable[Any], method: RangeMethod = 
         quantizer.set_scale(scale)
     for layer in layers.values():
         layer.calibrate_weight(method)
+        if all(quantizer.power_of_two for quantizer in layer.quantizers):
+            tie_layer(layer)
     quantizers = [quantizer for layer in layers.values() for quantizer in layer.quantizers]
     if any(quantizer.number_format.step is not None for quantizer in quantizers):
         seen = {

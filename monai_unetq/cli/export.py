@@ -1,0 +1,271 @@
+"""What ``unetq export`` and ``unetq verify`` accept and print, and how a trained model becomes a quantized network."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["add_export_command", "add_verify_command"]
+
+_EXPORT_EXAMPLES = """\
+examples:
+  unetq export bundles/em_unet --to openvino --out em-openvino       the trained network of a bundle
+  unetq export bundles/em_unet --set width=16 --to integer --out em-integer
+  unetq export nnUNet_results/Dataset004_Hippocampus/nnUNetTrainerSSQAT__nnUNetPlans__3d_fullres \\
+      --fold 0 --to onnx --out hippocampus-onnx                      one fold of an nnU-Net
+  unetq export unetq-demo/model.unetq --to qonnx --out demo-qonnx    a packed U-Net of the 2019 paper
+  unetq verify em-openvino                                           does it compute what it should?
+
+--to onnx      standard QDQ operators, weights in int8, for ONNX Runtime, OpenVINO and (--for tensorrt) TensorRT
+--to openvino  OpenVINO's IR, weights in int8
+--to qonnx     Quant and BipolarQuant nodes, any bit width, for FINN and hls4ml
+--to integer   a program for integers only, in numpy, without torch; power-of-two scales and folded batch norm
+--to packed    weights at their true bit width, for monai_unetq.unpack
+
+Exporting a bundle runs what its configuration says, as MONAI does.
+"""
+
+_VERIFY_EXAMPLES = """\
+examples:
+  unetq verify em-openvino                       files, then the golden image through the engine
+  unetq verify em-onnx --data slices             and every image of a folder, with the time it takes
+  unetq verify em-integer --json
+"""
+
+
+def add_export_command(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add ``export`` to the commands of ``unetq``.
+
+    Args:
+        commands: argparse's object for subcommands.
+        command: makes the parser of one, from commands, name, summary and examples.
+    """
+    parser = command(commands, "export", "write a trained quantized model for an engine", _EXPORT_EXAMPLES)
+    parser.add_argument(
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="a MONAI bundle's folder, nnU-Net's folder of a trained model, or a packed model",
+    )
+    parser.add_argument(
+        "--to", required=True, choices=("onnx", "openvino", "qonnx", "integer", "packed"), help="the target"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    parser.add_argument(
+        "--store", choices=("int8", "int4"), default="int8",
+        help="of --to onnx: type of weights; int4 is smaller, and run in float (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--for", dest="profile", choices=("onnxruntime", "tensorrt"), default="onnxruntime",
+        help="of --to onnx: whose rules the model keeps (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--size", type=int, nargs="+", metavar="N", help="of the image: H W or H W D")
+    parser.add_argument("--fold", metavar="F", help="of an nnU-Net (default: the first that is finished)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="of a bundle: a key of its configuration, as it was trained with; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print export.json")
+    parser.set_defaults(run=_export, after_interrupt="; nothing was written")
+
+
+def add_verify_command(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add ``verify`` to the commands of ``unetq``; arguments as in ``add_export_command``."""
+    parser = command(
+        commands, "verify", "check an exported folder against its golden output", _VERIFY_EXAMPLES
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="written by unetq export")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="images (PNG, NIfTI, MHA, NPY) to run besides"
+    )
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.set_defaults(run=_verify, after_interrupt="")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from ..deploy import export
+
+    network, example, preprocessing = _trained(options)
+    document = export(
+        network, example, options.to, options.out,
+        store=options.store, profile=options.profile, preprocessing=preprocessing,
+    )  # fmt: skip
+    if options.json:
+        print(json.dumps(document, indent=1))
+        return
+    for name in sorted(document["files"]):
+        print(f"{(options.out / name).stat().st_size:>12,} bytes  {name}")
+    for layer, note in document["notes"].items():
+        print(f"{layer}: {note}")
+    print(f"\nnext: unetq verify {options.out}")
+
+
+def _trained(options: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Any]]:
+    """The quantized network of a trained model, an image for it, and what images must go through first."""
+    model: Path = options.model
+    if not model.exists():
+        raise FileNotFoundError(
+            f"{model}: no such file or folder, expected a bundle, nnU-Net's folder of a trained model, or a packed model"
+        )
+    if model.is_file():
+        _refuse(options, model, "a packed model", "fold", "overrides")
+        return _packed(model, options)
+    if (model / "configs").is_dir():
+        _refuse(options, model, "a bundle", "fold")
+        return _bundle(model, options)
+    _refuse(options, model, "nnU-Net's folder", "overrides")
+    return _nnunet(model, options)
+
+
+def _refuse(options: argparse.Namespace, model: Path, what: str, *names: str) -> None:
+    for name in names:
+        if getattr(options, name):
+            flag = "set" if name == "overrides" else name
+            raise ValueError(f"--{flag}: {model} is {what}, which has none; leave it out")
+
+
+def _packed(file: Path, options: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Any]]:
+    from ..deploy import inspect_packed, unpack
+    from ..networks import FixedPointUNet
+
+    held = inspect_packed(file)
+    if held["network"] != f"{FixedPointUNet.__module__}.{FixedPointUNet.__qualname__}":
+        raise ValueError(
+            f"{file}: holds the weights of a {held['network'].rpartition('.')[2]}, not its code; give the bundle or "
+            "the nnU-Net folder that it came from"
+        )
+    network = unpack(file, _paper_network(file))
+    return network, _example(network, options.size), {}
+
+
+def _paper_network(file: Path) -> nn.Module:
+    """The paper's U-Net as a packed file has it, by the shapes in it."""
+    from ..deploy.packed import packed_shapes
+    from ..networks import FixedPointUNet
+
+    shapes, functions = packed_shapes(file)
+    first, last = shapes["encoder.0.conv1.weight"], shapes["last.weight"]
+    named: dict[str, Literal["tanh", "hardtanh"]] = {"Tanh": "tanh", "Hardtanh": "hardtanh"}
+    activation: Literal["relu", "tanh", "hardtanh"] = named.get(
+        functions.get("encoder.0.act1", "").partition("(")[0], "relu"
+    )
+    return FixedPointUNet(
+        first[1], last[0], width=first[0], activation=activation, spatial_dims=len(first) - 2,
+        upsample="transposed" if "upsample.0.weight" in shapes else "linear",
+    )  # fmt: skip
+
+
+def _bundle(folder: Path, options: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Any]]:
+    from monai.bundle import ConfigParser
+    from torch import nn
+
+    from ..surgery.quantize import quantized_layers
+
+    found = [f for end in ("yaml", "yml", "json") if (f := folder / "configs" / f"inference.{end}").is_file()]
+    if not found:
+        raise FileNotFoundError(f"{folder / 'configs'}: found no inference.yaml or inference.json")
+    try:
+        parser = ConfigParser(ConfigParser.load_config_file(str(found[0])))
+        parser["bundle_root"] = str(folder)
+        for override in options.overrides:
+            key, equals, value = override.partition("=")
+            if not equals:
+                raise ValueError(f"--set {override}: expected KEY=VALUE")
+            parser[key] = _literal(value)
+        network = parser.get_parsed_content("network_def")
+        steps = parser.get("preprocessing", {})
+    except ValueError:
+        raise
+    except Exception as error:  # the configuration's own code
+        raise ValueError(f"{found[0]}: 'network_def' cannot be built: {error}") from error
+    if not isinstance(network, nn.Module) or not quantized_layers(network):
+        raise ValueError(
+            f"{found[0]}: its network is not quantized; train it with configs/fixed_point.yaml or ssqat.yaml, and name the "
+            "trained file with --set model=FILE where it is not the bundle's own"
+        )
+    preprocessing = {"monai_transforms": steps} if isinstance(steps, dict) else {}
+    return network, _example(network, options.size), preprocessing
+
+
+def _nnunet(folder: Path, options: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Any]]:
+    try:
+        from ..nnunet.inference import TrainedFolder
+    except ImportError as error:
+        raise ImportError(
+            f"{folder}: nnU-Net builds this network: pip install monai-unetq[nnunet] ({error})"
+        ) from None
+    import torch
+
+    from ..surgery.quantize import quantized_layers
+
+    folds = None if options.fold is None else [options.fold]
+    trained = TrainedFolder(folder, folds=folds, mirroring=False)
+    network = trained.network
+    if not quantized_layers(network):
+        raise ValueError(f"{folder}: its network is not quantized; train with -tr nnUNetTrainerSSQAT")
+    plans = json.loads((folder / "plans.json").read_text(encoding="utf-8"))
+    configuration = folder.resolve().name.rsplit("__", 1)[-1]
+    held = plans["configurations"].get(configuration, {})
+    size = options.size or trained.patch_size
+    document = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    channels = len(document.get("channel_names", document.get("modality", {"0": ""})))
+    preprocessing = {
+        "nnunet_configuration": configuration,
+        "spacing": held.get("spacing"),
+        "normalization_schemes": held.get("normalization_schemes"),
+        "intensities": plans.get("foreground_intensity_properties_per_channel"),
+        "transpose_forward": plans.get("transpose_forward"),
+        "patch_size": list(trained.patch_size),
+        "labels": document.get("labels"),
+    }
+    torch.manual_seed(0)
+    return network.eval(), torch.randn(1, channels, *size), preprocessing
+
+
+def _example(network: nn.Module, size: list[int] | None) -> Tensor:
+    """A seeded image in [0, 1], of the size asked for or of one that the network takes."""
+    import torch
+
+    from ..surgery.observe import example_for
+
+    shape = list(example_for(network).shape)
+    if size is not None:
+        if len(size) != len(shape) - 2:
+            raise ValueError(f"--size has {len(size)} numbers, expected {len(shape) - 2}")
+        shape[2:] = size
+    torch.manual_seed(0)
+    return torch.rand(shape)
+
+
+def _literal(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from ..runtime.verify import verify
+
+    found = verify(options.folder)
+    document = {"folder": str(options.folder), **found.to_json()}
+    if options.data is not None:
+        from ..runtime.images import run_images
+
+        document["images"] = run_images(options.folder, options.data)
+    if options.json:
+        print(json.dumps(document, indent=1))
+    else:
+        print(f"files      as exported, for {found.target}")
+        print(f"logits     {'equal, bit for bit' if found.equal else f'largest difference {found.largest:.3g} ({found.relative:.2%} of the largest)'}")  # fmt: skip
+        print(f"labels     {found.labels_differ:.4%} of the voxels differ")
+        for image in document.get("images", []):
+            print(f"{image['image']}  {image['seconds']:.2f} s  " + ", ".join(f"{k}: {v:.2%}" for k, v in image["labels"].items()))  # fmt: skip
+    if not found.passed:
+        raise ValueError(f"{options.folder}: does not compute what fake quantization does: {found.hint}")

@@ -1,0 +1,175 @@
+"""``export``: a quantized network as a folder that runs without it, with what is needed to check that it does.
+
+Every folder holds ``export.json`` (target, plan, preprocessing, versions, notes, a checksum of each file) and
+``golden.safetensors``, an image and the logits of fake quantization for it, which ``runtime.verify`` compares.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import onnx
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .. import __version__
+from ..files import write_json
+from ..surgery import fold
+from .packed import _version, pack
+from .qdq import Store, to_qdq
+from .qonnx import to_qonnx
+from .trace import trace
+
+__all__ = ["TARGETS", "ExportTarget", "Profile", "export"]
+
+ExportTarget = Literal["onnx", "openvino", "qonnx", "integer", "packed"]
+TARGETS: tuple[ExportTarget, ...] = get_args(ExportTarget)
+Profile = Literal["onnxruntime", "tensorrt"]
+
+EXPORT_VERSION = 1
+
+
+@torch.no_grad()
+def export(
+    network: nn.Module,
+    example: Tensor,
+    target: ExportTarget,
+    folder: str | Path,
+    *,
+    store: Store = "int8",
+    profile: Profile = "onnxruntime",
+    preprocessing: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a quantized network for an engine, as a whole or not at all.
+
+    ============  ==========================================  =================================================
+    target        files                                       runs in
+    ============  ==========================================  =================================================
+    ``onnx``      ``model.onnx``                              ONNX Runtime, OpenVINO, TensorRT (its ``profile``)
+    ``openvino``  ``model.xml``, ``model.bin``                OpenVINO
+    ``qonnx``     ``model.onnx``                              FINN, hls4ml, the ``qonnx`` package
+    ``integer``   ``model.unetq``, ``program.json``           ``runtime.integer``: numpy, integers only
+    ``packed``    ``model.unetq``                             ``unpack``, with the network's own code
+    ============  ==========================================  =================================================
+
+    Args:
+        network: quantized and calibrated; it is left as it is.
+        example: (N, C, spatial…), an image that it accepts; it becomes the golden input, so a real one checks more.
+        target: see the table.
+        folder: new or empty.
+        store: type of the weights' constants in ``onnx``.
+        profile: of ``onnx``: which engine's rules it keeps.
+        preprocessing: what the image must go through first, kept in ``export.json``.
+
+    Returns:
+        the content of ``export.json``.
+
+    Raises:
+        FileExistsError: if the folder holds something.
+        ValueError: if the network is not quantized, or the target cannot hold one of its layers, by name.
+        ImportError: without the target's package.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target is {target!r}, expected one of {', '.join(TARGETS)}")
+    for name, value, usual in (("store", store, "int8"), ("profile", profile, "onnxruntime")):
+        if value != usual and target != "onnx":
+            raise ValueError(f"{name} is {value!r}, but {target} has no such choice; it is of onnx")
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder}: exists and is not an empty folder; give another --out, or remove it"
+        )
+    image = example.detach().cpu().float()
+    document: dict[str, Any] = {
+        "version": EXPORT_VERSION,
+        "target": target,
+        "network": f"{type(network).__module__}.{type(network).__qualname__}",
+        "image": list(image.shape),
+        "preprocessing": dict(preprocessing or {}),
+        "versions": {name: _version(name) for name in ("torch", "onnx", "onnxruntime", "openvino", "qonnx")},
+    }
+    document["versions"]["monai-unetq"] = __version__
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.resolve().parent))
+    scratch.chmod(0o755)
+    try:
+        document |= _writer(target, store, profile)(network, image, scratch, document)
+        _write_golden(network, image, scratch)
+        document["files"] = {file.name: _sha256(file) for file in sorted(scratch.iterdir())}
+        write_json(scratch / "export.json", document)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return document
+
+
+_Writer = Callable[[nn.Module, Tensor, Path, Mapping[str, Any]], dict[str, Any]]
+
+
+def _writer(target: ExportTarget, store: Store, profile: Profile) -> _Writer:
+    """What writes a target's files into a folder, and returns what ``export.json`` says of them."""
+
+    def onnx_files(
+        network: nn.Module, image: Tensor, folder: Path, head: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        traced = trace(network, image, dynamic=target == "onnx")
+        lowered = to_qdq(traced, store=store, target=profile) if target == "onnx" else to_qonnx(traced)
+        said = {"plan": traced.plan.to_json(), "dynamic": list(traced.dynamic), "notes": lowered.notes}
+        entry = lowered.model.metadata_props.add()
+        entry.key, entry.value = "monai_unetq", json.dumps({**head, **said})
+        onnx.save(lowered.model, folder / "model.onnx")
+        return {**said, **({"store": store, "profile": profile} if target == "onnx" else {})}
+
+    def openvino_files(
+        network: nn.Module, image: Tensor, folder: Path, head: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        from .openvino import write_openvino
+
+        traced = trace(network, image)
+        said = {"plan": traced.plan.to_json(), "dynamic": []}
+        info = {key: json.dumps(value) for key, value in {**head, **said}.items()}
+        return {**said, "notes": write_openvino(traced, folder, tuple(image.shape), info)}
+
+    def integer_files(
+        network: nn.Module, image: Tensor, folder: Path, head: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        from .integer import write
+
+        traced = trace(network, image[:1], dynamic=False)
+        write(traced, network, folder)
+        return {"plan": traced.plan.to_json(), "notes": {}}
+
+    def packed_file(
+        network: nn.Module, image: Tensor, folder: Path, head: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        pack(network, folder / "model.unetq", example=image[:1])
+        return {"notes": {}}
+
+    writers: dict[str, _Writer] = {
+        "openvino": openvino_files,
+        "integer": integer_files,
+        "packed": packed_file,
+    }
+    return writers.get(target, onnx_files)
+
+
+def _write_golden(network: nn.Module, image: Tensor, folder: Path) -> None:
+    """An image and its logits by fake quantization, computed in float64 where every sum is exact."""
+    exact = fold(copy.deepcopy(network).cpu().float(), image[:1]).double().eval()
+    logits = exact(image.double()).float().contiguous()
+    save_file({"image": image.contiguous(), "logits": logits}, folder / "golden.safetensors")
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

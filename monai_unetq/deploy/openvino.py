@@ -1,0 +1,105 @@
+"""A traced network as OpenVINO's IR, and what its compiled form executes in INT8."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from .qdq import to_qdq
+from .trace import Trace
+
+__all__ = ["Execution", "executions", "write_openvino"]
+
+_LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
+_INTEGERS = ("u8", "i8")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How OpenVINO runs one layer.
+
+    Attributes:
+        name: of the node in the compiled model.
+        kind: Convolution, Deconvolution, FullyConnected or MatMul.
+        precision: u8 or i8 where it runs in INT8, else f32, bf16, …
+        macs: multiplications of one image; 0 where a size is not known.
+    """
+
+    name: str
+    kind: str
+    precision: str
+    macs: int
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether it runs on integers."""
+        return self.precision in _INTEGERS
+
+
+def write_openvino(
+    traced: Trace, folder: Path, shape: tuple[int, ...], info: Mapping[str, str]
+) -> dict[str, str]:
+    """Write ``model.xml`` and ``model.bin``, weights in 8 bits.
+
+    The image's size is fixed: with free sizes OpenVINO 2026.4 computes transposed INT8 convolutions wrongly.
+    ``Model.reshape`` gives it another one.
+
+    Args:
+        traced: of a quantized network.
+        folder: where to write.
+        shape: of the image, (N, C, spatial…).
+        info: written into the model's runtime information, under ``monai_unetq``.
+
+    Returns:
+        layer → why it is not one INT8 convolution.
+
+    Raises:
+        ImportError: without OpenVINO.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise ImportError(
+            f"writing OpenVINO's IR needs it: pip install monai-unetq[openvino] ({error})"
+        ) from None
+    lowered = to_qdq(traced, target="openvino")
+    model = openvino.Core().read_model(lowered.model.SerializeToString())
+    model.reshape(list(shape))
+    for key, value in info.items():
+        model.set_rt_info(value, ["monai_unetq", key])
+    openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+    return lowered.notes
+
+
+def executions(compiled: Any) -> list[Execution]:
+    """The layers of a compiled model, as its runtime information tells them.
+
+    Args:
+        compiled: ``openvino.CompiledModel``.
+    """
+    found = []
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        kind = str(info["layerType"].value)
+        if kind in _LAYERS:
+            found.append(
+                Execution(
+                    node.get_friendly_name(), kind, str(info["runtimePrecision"].value), _macs(node, kind)
+                )
+            )
+    return found
+
+
+def _macs(node: Any, kind: str) -> int:
+    try:
+        image, weight, out = (list(map(int, s)) for s in (node.input(0).shape, node.input(1).shape, node.output(0).shape))  # fmt: skip
+    except RuntimeError:  # free sizes
+        return 0
+    if kind == "Convolution":
+        return prod(out) * prod(weight) // (out[1] or 1)
+    if kind == "Deconvolution":
+        return prod(image) * prod(weight) // (image[1] or 1)
+    return prod(out) * image[-1]

@@ -1,0 +1,436 @@
+"""A traced network in ONNX's own quantization operators, which ONNX Runtime, OpenVINO and TensorRT execute in INT8.
+
+Activations pass ``QuantizeLinear`` and ``DequantizeLinear``, narrower formats than 8 bits clipped first; weights are int8
+constants with one scale for each output channel. A split convolution is one convolution over integers that were
+quantized apart and concatenated (design decision 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from .lowering import Lowered, add_initializer, finished
+from .simplify import attribute, constant, is_quant, is_weight, remove_unused, simplify
+from .trace import OPSET, Trace, TracedLayer
+
+__all__ = ["Store", "Target", "meet", "to_qdq"]
+
+Store = Literal["int8", "int4"]
+Target = Literal["onnxruntime", "openvino", "tensorrt"]
+
+OPSET_OF_INT4 = 21
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
+_INT8 = (-128, 127)
+_INT4 = (-8, 7)
+_EXACT = 1 << 24
+"""Integers below are exact in float32."""
+
+
+def to_qdq(traced: Trace, *, store: Store = "int8", target: Target = "onnxruntime") -> Lowered:
+    """Lower a trace to ONNX with QuantizeLinear and DequantizeLinear.
+
+    Args:
+        traced: of a quantized network.
+        store: type of the weights' constants. With ``"int4"`` those that fit take half the bytes, and ONNX Runtime and
+            OpenVINO run their layers in float.
+        target: ``"tensorrt"`` takes signed INT8 with zero point 0 only (TensorRT 11).
+
+    Returns:
+        a model that passes ``onnx.checker`` with full shape inference.
+
+    Raises:
+        ValueError: for formats that the target cannot hold, by the layer's name.
+    """
+    lowering = _Lowering(traced, store, target)
+    return lowering.run()
+
+
+@dataclass(frozen=True)
+class _Activation:
+    """An activation on its grid: the integers, their scale, and the integer that stands for 0."""
+
+    codes: ir.Value
+    scale: float
+    zero_point: int = 0
+
+
+class _Lowering:
+    """The state of one lowering: the graph and what has been put into it."""
+
+    def __init__(self, traced: Trace, store: Store, target: Target) -> None:
+        self.model = ir.from_proto(traced.model)
+        self.graph = self.model.graph
+        self.layers = traced.layers
+        self.store: Store = store
+        self.target: Target = target
+        self.notes: dict[str, str] = {}
+        self.activations: dict[ir.Value, _Activation] = {}
+        self.constants: dict[tuple[Any, ...], ir.Value] = {}
+        self.dequantized: dict[tuple[ir.Value, float], ir.Value] = {}
+
+    def run(self) -> Lowered:
+        simplify(self.graph)
+        for node in list(self.graph):
+            if is_quant(node):
+                self._quantize(node)
+            elif node.op_type == "MaxPool" and node.inputs[0] in self.activations:
+                self._pool(node)
+            elif is_weight(node):
+                self._weight(node)
+        for node in list(self.graph):
+            if node.op_type == "Concat":
+                self._concatenation(node)
+        # Whatever reads rounded values besides what took the integers reads them dequantized.
+        for value, activation in self.activations.items():
+            if value.uses():
+                value.replace_all_uses_with(self._dequantize(activation))
+        remove_unused(self.graph)
+        opset = OPSET_OF_INT4 if self.store == "int4" else OPSET
+        return finished(self.model, {"": opset}, self.notes)
+
+    # Activations
+
+    def _quantize(self, node: ir.Node) -> None:
+        """Replace a ``Quant``; remember its integers."""
+        source, scale = node.inputs[0], float(constant(node.inputs[1]))  # type: ignore[arg-type]
+        qmin, qmax, kind = (attribute(node, name) for name in ("qmin", "qmax", "kind"))
+        layer = attribute(node, "layer")
+        assert source is not None
+        output = node.outputs[0]
+        if kind == "literal" or (kind == "binary" and qmin < 0) or not -128 <= qmin <= qmax <= 255:
+            self._emulate(node, source, scale, qmin, qmax, kind, layer)
+            return
+        signed = qmin < 0
+        beside = _beside(node)
+        # OpenVINO convolves int8 activations wrongly where there is no VNNI, and transposed ones with a zero point in float.
+        offset = (
+            self.target != "tensorrt"
+            and qmax <= _INT8[1]
+            and any(attribute(quant, "qmin") < 0 for quant in beside)
+            and not all(_feeds_transposed_only(quant) for quant in beside)
+        )
+        if self.target == "tensorrt" and not signed:
+            if qmax > _INT8[1]:
+                raise ValueError(
+                    f"layer '{layer}': its input is unsigned with {qmax + 1} levels, and TensorRT takes signed INT8 only; "
+                    "quantize activations to uint7 or less, or to int8"
+                )
+            signed = True
+        zero_point = 0
+        dtype: np.dtype[Any] = np.dtype(np.uint8)
+        if offset:
+            (low, high), zero_point = _INT8, 128
+        elif not signed and not (qmax <= _INT8[1] and any(attribute(quant, "qmin") < 0 for quant in beside)):
+            low, high = 0, 255
+        elif qmax <= _INT8[1]:
+            (low, high), dtype = _INT8, np.dtype(np.int8)
+        else:
+            self._emulate(node, source, scale, qmin, qmax, kind, layer)
+            return
+        if (qmin, qmax) != (low, high):
+            source = self._clipped(node, source, qmin * scale, qmax * scale)
+        codes = self._add(
+            node,
+            "QuantizeLinear",
+            [source, self._constant(np.float32(scale)), self._constant(np.array(zero_point, dtype))],
+        )
+        codes.shape, codes.dtype = output.shape, ir.DataType.from_numpy(dtype)
+        self.activations[output] = _Activation(codes, scale, zero_point)
+
+    def _clipped(self, node: ir.Node, source: ir.Value, low: float, high: float) -> ir.Value:
+        bounds = [self._constant(np.float32(low)), self._constant(np.float32(high))]
+        clipped = self._add(node, "Clip", [source, *bounds])
+        clipped.shape, clipped.type = source.shape, source.type
+        return clipped
+
+    def _emulate(
+        self, node: ir.Node, source: ir.Value, scale: float, qmin: int, qmax: int, kind: str, layer: str
+    ) -> None:
+        """A format that 8 bits cannot hold, in float operations."""
+        if kind == "literal":
+            raise ValueError(
+                f"layer '{layer}': its input is in the literal formula, which ONNX has no operators for; use Q(i.f) without it"
+            )
+        self.notes[layer] = f"input with codes {qmin} to {qmax} is rounded in float"
+        if kind == "binary" and qmin < 0:
+            positive = self._add(node, "GreaterOrEqual", [source, self._constant(np.float32(0))])
+            pair = [self._constant(np.float32(sign * scale)) for sign in (1, -1)]
+            rounded = self._add(node, "Where", [positive, *pair])
+        else:
+            scaled = self._add(node, "Div", [source, self._constant(np.float32(scale))])
+            scaled = self._add(node, "Round", [scaled])
+            scaled = self._clipped(node, scaled, qmin, qmax)
+            rounded = self._add(node, "Mul", [scaled, self._constant(np.float32(scale))])
+        node.outputs[0].replace_all_uses_with(rounded)
+
+    def _pool(self, pool: ir.Node) -> None:
+        """Max pooling of the integers."""
+        source = pool.inputs[0]
+        assert source is not None
+        activation = self.activations[source]
+        attributes = {k: v for k, v in pool.attributes.items() if k != "storage_order"}
+        codes = self._add(pool, "MaxPool", [activation.codes], attributes)
+        codes.type, codes.shape = activation.codes.type, pool.outputs[0].shape
+        self.activations[pool.outputs[0]] = _Activation(codes, activation.scale, activation.zero_point)
+
+    def _dequantize(self, activation: _Activation, scale: float | None = None) -> ir.Value:
+        key = (activation.codes, activation.scale if scale is None else scale)
+        if key not in self.dequantized:
+            producer = activation.codes.producer()
+            assert producer is not None
+            zero = self._constant(np.array(activation.zero_point, activation.codes.dtype.numpy()))  # type: ignore[union-attr]
+            node = ir.node("DequantizeLinear", [activation.codes, self._constant(np.float32(key[1])), zero])
+            node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.FLOAT, activation.codes.shape
+            self.graph.insert_after(producer, node)
+            self.dequantized[key] = node.outputs[0]
+        return self.dequantized[key]
+
+    # Weights
+
+    def _weight(self, node: ir.Node) -> None:
+        """Replace a ``Weight`` by int8 constants where the layer takes one part, or all parts have one scale."""
+        layer = self.layers[attribute(node, "layer")]
+        readers = [use.node for use in node.outputs[0].uses()]
+        if len(layer.weights) == 1:
+            (weight,) = layer.weights.values()
+            self._place(node, layer, weight.codes, weight.scale)
+            self._round_biases(readers, layer, weight.scale)
+        elif all(is_split(reader) for reader in readers):
+            return  # with its concatenation
+        else:
+            self._float_weight(node, layer, "the parts of its input are not concatenated in front of it")
+
+    def _place(self, node: ir.Node, layer: TracedLayer, codes: np.ndarray, scale: np.ndarray) -> None:
+        """Put integer constants and their DequantizeLinear where a ``Weight`` is."""
+        weight = self._integers(node, layer, codes, scale)
+        if weight is None:
+            low, high = int(codes.min()), int(codes.max())
+            self._float_weight(node, layer, f"weight codes {low} to {high} are wider than 8 bits")
+        else:
+            node.outputs[0].replace_all_uses_with(weight)
+
+    def _integers(
+        self, node: ir.Node, layer: TracedLayer, codes: np.ndarray, scale: np.ndarray
+    ) -> ir.Value | None:
+        """int8 (or int4) constants and their DequantizeLinear, in the graph's layout; None where they are wider."""
+        if layer.transposed and layer.groups > 1 and np.unique(scale).size > 1:
+            return None  # its output channels are no axis of the weight
+        if codes.size and not (_INT8[0] <= codes.min() and codes.max() <= _INT8[1]):
+            return None
+        stored = layer.to_layout(codes).astype(np.int8)
+        fits = codes.size and _INT4[0] <= codes.min() and codes.max() <= _INT4[1]
+        tensor: ir.TensorProtocol = ir.tensor(stored)
+        if self.store == "int4" and fits:
+            tensor = ir.tensor(stored, dtype=ir.DataType.INT4)
+            self.notes[layer.name] = "4-bit weights: run in float"
+        name = f"{layer.name}.weight_codes"
+        value = self._initializer(tensor, name)
+        one_scale = np.unique(scale).size == 1
+        parameters: np.ndarray = scale[:1].reshape(()) if one_scale else scale
+        attributes = {} if one_scale else {"axis": 1 if layer.transposed else 0}
+        zero = np.zeros(parameters.shape, np.int8)
+        zeros = (
+            ir.tensor(zero, dtype=ir.DataType.INT4) if tensor.dtype == ir.DataType.INT4 else ir.tensor(zero)
+        )
+        operands = [
+            value,
+            self._initializer(ir.tensor(parameters.astype(np.float32)), f"{name}.scale"),
+            self._initializer(zeros, f"{name}.zero_point"),
+        ]
+        found = self._add(node, "DequantizeLinear", operands, attributes)
+        found.dtype, found.shape = ir.DataType.FLOAT, ir.Shape(stored.shape)
+        return found
+
+    def _float_weight(self, node: ir.Node, layer: TracedLayer, why: str) -> None:
+        self.notes[layer.name] = f"weights in float: {why}"
+        source = node.inputs[0]
+        assert source is not None
+        node.outputs[0].replace_all_uses_with(source)
+
+    # Split convolutions
+
+    def _concatenation(self, concat: ir.Node) -> None:
+        """Concat of rounded parts in front of split convolutions: of the integers, where their scales can meet."""
+        parts = [self.activations.get(value) for value in concat.inputs if value is not None]
+        output = concat.outputs[0]
+        readers = [use.node for use in output.uses()]
+        weights = {reader: _weight_of(reader) for reader in readers}
+        if not all(weights.values()) or not parts or None in parts:
+            for weight in weights.values():
+                if weight is not None and len(self.layers[attribute(weight, "layer")].weights) > 1:
+                    self._float_weight(
+                        weight, self.layers[attribute(weight, "layer")], "its parts are not all rounded"
+                    )
+            return
+        activations = [part for part in parts if part is not None]
+        joined = self._joined(concat, activations)
+        if joined is not None and len({a.scale for a in activations}) == 1:
+            self.activations[output] = replace(joined, scale=activations[0].scale)
+        for reader, weight in weights.items():
+            assert weight is not None
+            layer = self.layers[attribute(weight, "layer")]
+            if len(layer.weights) == 1:
+                continue
+            met = meet(layer, [a.scale for a in activations]) if joined else None
+            placed = None if met is None else self._integers(weight, layer, *met)
+            if joined is not None and met is not None and placed is not None:
+                weight.outputs[0].replace_all_uses_with(placed)
+                reader.replace_input_with(0, self._dequantize(joined, 1.0))
+                self._round_biases([reader], layer, met[1])
+            else:
+                self._apart(reader, weight, layer, activations)
+
+    def _joined(self, concat: ir.Node, parts: list[_Activation]) -> _Activation | None:
+        """The parts' integers side by side; None where one type cannot hold them."""
+        kinds = {(part.codes.dtype, part.zero_point) for part in parts}
+        if len(kinds) > 1:
+            return None
+        codes = self._add(concat, "Concat", [part.codes for part in parts], {"axis": 1})
+        codes.type, codes.shape = parts[0].codes.type, concat.outputs[0].shape
+        return _Activation(codes, 1.0, parts[0].zero_point)
+
+    def _apart(self, conv: ir.Node, weight: ir.Node, layer: TracedLayer, parts: list[_Activation]) -> None:
+        """A convolution for each part, and their sum."""
+        self.notes[layer.name] = (
+            f"{len(parts)} convolutions: the scales of its parts cannot meet on one grid of 8 bits"
+        )
+        outputs = []
+        for number, (part, activation) in enumerate(zip(layer.weights.values(), parts, strict=True)):
+            one = TracedLayer(f"{layer.name}[{number}]", {}, layer.transposed, layer.groups)
+            placed = self._integers(weight, one, part.codes, part.scale)
+            if placed is None:
+                self._float_weight(weight, layer, "its parts' weights are wider than 8 bits")
+                return
+            bias = list(conv.inputs[2:]) if number == 0 else []
+            node = ir.node(
+                conv.op_type, [self._dequantize(activation), placed, *bias], attributes=conv.attributes
+            )
+            self.graph.insert_before(conv, node)
+            outputs.append(node.outputs[0])
+        total = outputs[0]
+        for other in outputs[1:]:
+            total = self._add(conv, "Add", [total, other])
+        total.type, total.shape = conv.outputs[0].type, conv.outputs[0].shape
+        conv.outputs[0].replace_all_uses_with(total, replace_graph_outputs=True)
+
+    # Biases
+
+    def _round_biases(self, readers: list[ir.Node], layer: TracedLayer, scale: np.ndarray) -> None:
+        """int32 constants for biases that stand on the accumulator's grid, input scale × weight scale."""
+        for conv in readers:
+            if conv.op_type not in _CONVOLUTIONS or len(conv.inputs) < 3:
+                continue
+            source = conv.inputs[0]
+            activation = self.activations.get(source) if source is not None else None
+            step = scale if activation is None else scale * np.float32(activation.scale)
+            bias = constant(conv.inputs[2])
+            if bias is None or step.dtype != np.float32:
+                continue
+            codes = np.rint(bias.astype(np.float64) / step)
+            if np.abs(codes).max(initial=0) >= _EXACT or not np.array_equal(
+                codes.astype(np.float32) * step, bias
+            ):
+                continue
+            name = f"{layer.name}.bias_codes"
+            operands = [
+                self._initializer(ir.tensor(codes.astype(np.int32)), name),
+                self._initializer(ir.tensor(step.astype(np.float32)), f"{name}.scale"),
+            ]
+            value = self._add(conv, "DequantizeLinear", operands, {"axis": 0})
+            value.dtype, value.shape = ir.DataType.FLOAT, ir.Shape(bias.shape)
+            conv.replace_input_with(2, value)
+
+    # The graph
+
+    def _add(
+        self,
+        before: ir.Node,
+        operator: str,
+        inputs: list[ir.Value],
+        attributes: Mapping[str, Any] | None = None,
+    ) -> ir.Value:
+        node = ir.node(operator, inputs, attributes=dict(attributes or {}))
+        self.graph.insert_before(before, node)
+        return node.outputs[0]
+
+    def _constant(self, array: Any) -> ir.Value:
+        found = np.asarray(array)
+        key = (found.dtype.str, found.shape, found.tobytes())
+        if key not in self.constants:
+            self.constants[key] = self._initializer(ir.tensor(found), f"constant_{len(self.constants)}")
+        return self.constants[key]
+
+    def _initializer(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+        return add_initializer(self.graph, tensor, name)
+
+
+def _beside(quant: ir.Node) -> list[ir.Node]:
+    """The ``Quant`` nodes that must have one integer type: this one, and those concatenated with it."""
+    found = [quant]
+    for use in quant.outputs[0].uses():
+        if use.node.op_type == "Concat":
+            makers = [value.producer() for value in use.node.inputs if value is not None]
+            found += [maker for maker in makers if maker is not None and is_quant(maker)]
+    return found
+
+
+def _feeds_transposed_only(quant: ir.Node) -> bool:
+    """Whether only transposed convolutions read a rounded activation, alone or concatenated."""
+    readers = [use.node for use in quant.outputs[0].uses()]
+    for node in list(readers):
+        if node.op_type == "Concat":
+            readers.remove(node)
+            readers += [use.node for use in node.outputs[0].uses()]
+    return bool(readers) and all(node.op_type == "ConvTranspose" for node in readers)
+
+
+def is_split(node: ir.Node) -> bool:
+    """Whether a node reads a concatenation."""
+    source = node.inputs[0] if node.inputs else None
+    producer = None if source is None else source.producer()
+    return producer is not None and producer.op_type == "Concat"
+
+
+def _weight_of(node: ir.Node) -> ir.Node | None:
+    """The ``Weight`` that a convolution reads."""
+    if node.op_type not in _CONVOLUTIONS or node.inputs[1] is None:
+        return None
+    producer = node.inputs[1].producer()
+    return producer if is_weight(producer) else None
+
+
+def meet(layer: TracedLayer, input_scales: list[float]) -> tuple[np.ndarray, np.ndarray] | None:
+    """One weight for all parts, over integers whose scales are left out.
+
+    Output channel o accumulates Σ_p s_p·s_wp[o] Σ codes·input codes. On the finest of the parts' grids, t[o], the other
+    parts' codes are multiplied by s_p·s_wp[o]/t[o].
+
+    Args:
+        layer: with a weight for each part.
+        input_scales: of each part, in the layer's order.
+
+    Returns:
+        codes (O, I, …) and scales t (O,), float32; None where a ratio is no whole number or a code leaves 8 bits.
+    """
+    weights = list(layer.weights.values())
+    if len(weights) != len(input_scales):
+        return None
+    grids = np.stack([w.scale.astype(np.float64) * s for w, s in zip(weights, input_scales, strict=True)])
+    used = np.stack([np.abs(w.codes).reshape(w.codes.shape[0], -1).max(1) > 0 for w in weights])
+    finest = np.where(used, grids, np.inf).min(0)
+    finest = np.where(np.isfinite(finest), finest, grids[0])
+    shifted = []
+    for weight, grid, present in zip(weights, grids, used, strict=True):
+        ratio = np.where(present, grid / finest, 1.0)
+        if not np.array_equal(ratio, np.rint(ratio)):
+            return None
+        codes = weight.codes * ratio.astype(np.int64).reshape(-1, *[1] * (weight.codes.ndim - 1))
+        if codes.min(initial=0) < _INT8[0] or codes.max(initial=0) > _INT8[1]:
+            return None
+        shifted.append(codes)
+    return np.concatenate(shifted, 1).astype(np.int32), finest.astype(np.float32)

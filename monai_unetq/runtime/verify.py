@@ -1,0 +1,107 @@
+"""``verify``: an exported folder against the golden image and logits that lie in it. Imports no torch."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from .engine import load, read_export
+
+__all__ = ["ALLOWED_DIFFERENCE", "Verification", "labels", "verify"]
+
+ALLOWED_DIFFERENCE = 1e-4
+"""Share of voxels whose label may differ from fake quantization's (1 in 10,000)."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How an export compares with fake quantization on its golden image.
+
+    Attributes:
+        target: what it was exported for.
+        equal: whether all logits are the same, bit for bit.
+        largest: largest difference of a logit.
+        relative: the same, as a share of the largest logit.
+        labels_differ: share of voxels with another label.
+        passed: whether the labels agree; for ``integer``, whether the logits are equal.
+        hint: what may have caused a difference.
+    """
+
+    target: str
+    equal: bool
+    largest: float
+    relative: float
+    labels_differ: float
+    passed: bool
+    hint: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON document."""
+        return asdict(self)
+
+
+def verify(folder: str | Path) -> Verification:
+    """Check an exported folder's files, run it on its golden image, and compare.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if the folder is no export, damaged, or for an engine that this program does not run.
+        ImportError: without the engine's package.
+    """
+    folder = Path(folder)
+    document = read_export(folder)
+    engine = load(folder)
+    try:
+        golden = load_file(folder / "golden.safetensors")
+        image, expected = golden["image"], golden["logits"]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise ValueError(f"{folder / 'golden.safetensors'}: no golden image and logits ({error})") from None
+    found = engine(image)
+    if found.shape != expected.shape:
+        raise ValueError(f"{folder}: returns logits of the shape {found.shape}, expected {expected.shape}")
+    if not np.isfinite(found).all():
+        raise ValueError(f"{folder}: returns NaN or infinity on its golden image")
+    difference = float(np.abs(found.astype(np.float64) - expected).max(initial=0))
+    equal = bool(np.array_equal(found, expected))
+    differ = float(np.mean(labels(found) != labels(expected)))
+    passed = equal if document["target"] == "integer" else differ <= ALLOWED_DIFFERENCE
+    return Verification(
+        document["target"],
+        equal,
+        difference,
+        difference / max(float(np.abs(expected).max(initial=0)), 1e-30),
+        differ,
+        passed,
+        "" if passed else _hint(document["target"]),
+    )
+
+
+def labels(logits: np.ndarray) -> np.ndarray:
+    """Labels (N, spatial…) of logits (N, classes, spatial…): above 0 for one class, the largest for more."""
+    return (logits[:, 0] > 0).astype(np.int64) if logits.shape[1] == 1 else logits.argmax(1)
+
+
+def _hint(target: str) -> str:
+    if target in ("onnx", "openvino") and not _has_vnni():
+        return (
+            "this processor has no VNNI: its INT8 products of 8-bit weights and 8-bit activations saturate at 16 bits; "
+            "quantize weights to 7 bits for such machines"
+        )
+    return "instance norm and other float layers differ between engines in their last bits, which rounding can enlarge"
+
+
+def _has_vnni() -> bool:
+    """Whether the processor adds INT8 products without saturating; True where that cannot be told."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return True
+    return "vnni" in flags or "amx_int8" in flags
