@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .bits import pack_codes, pack_digits, pack_signs, unpack_codes, unpack_digits, unpack_signs
+from ..bits import pack_codes, pack_digits, pack_signs, unpack_codes, unpack_digits, unpack_signs
 from .packed import inspect_packed, pack, unpack
 
 if TYPE_CHECKING:

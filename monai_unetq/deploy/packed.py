@@ -9,22 +9,20 @@ versions, and a checksum over all of it. Nothing in it is executed.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..coding import TernaryCoding, check_coding, encode, is_ternary
 from ..layers import (
     PAIRED_NORMS,
     QUANTIZED_LAYERS,
@@ -37,19 +35,24 @@ from ..layers import (
 from ..parts import WHOLE, Part
 from ..plan import LayerPlan, QuantPlan
 from ..quantizers import Quantizer
+from ..runtime.packed import (
+    KEY,
+    PLAIN,
+    WITH_CODINGS,
+    WITH_PARTS,
+    PackedFile,
+    StoredTensor,
+    checksum,
+    layer_and_part,
+    part_key,
+    read,
+)
 from ..surgery import find_skips, plan_of
 from ..surgery.fold import FoldedNorm, fold_pairs, take_norm_out
 from ..surgery.quantize import quantized_layers
 from ..surgery.supervise import refuse_supervised
-from .coding import TernaryCoding, check_coding, decode, encode, is_ternary
 
 __all__ = ["inspect_packed", "pack", "unpack"]
-
-KEY = "monai_unetq"
-PLAIN, WITH_CODINGS, WITH_PARTS = 1, 2, 3
-"""Versions: 2 adds ``codings``, 3 split layers and ``skips``; each is written only where it is needed, so that older
-programs read the rest.
-"""
 
 _WITH_BIAS: Any = (*QUANTIZED_LAYERS, QuantizedLayer)
 
@@ -103,7 +106,7 @@ def pack(
             continue
         pieces = layer.pieces(layer.output_major(value))
         for part, quantizer in layer.weight_quantizers.items():
-            name = _part_key(key, part)
+            name = part_key(key, part)
             if quantizer.number_format.is_float:
                 tensors[name] = pieces[part].contiguous().clone()
                 continue
@@ -151,8 +154,8 @@ def unpack(path: str | Path, network: nn.Module) -> nn.Module:
             is not changed then.
     """
     path = Path(path)
-    document, tensors = _read(path)
-    plan = QuantPlan.from_json(document["plan"], f"{path}: plan")
+    file, tensors = _read(path)
+    document, plan = file.document, file.plan
     if any(isinstance(m, QuantizedLayer) for m in network.modules()):
         raise ValueError(
             f"{path} cannot be unpacked into a quantized {type(network).__name__}: give a float network of the "
@@ -162,7 +165,7 @@ def unpack(path: str | Path, network: nn.Module) -> nn.Module:
     wrong = f"{path} holds a {packed_type.rpartition('.')[2]} that does not fit this {found_type.rpartition('.')[2]}"
     trial = copy.deepcopy(network)  # so that a file that does not fit leaves the network as it was
     _prepare(trial, plan, document["folded"], tensors, wrong)
-    codes = {key: _codes(key, document, plan, tensors, path) for key in document["packed"]}
+    codes = {key: file.codes(key) for key in document["packed"]}
     _load(trial, tensors, codes, document["packed"], wrong)
     found, expected = _functions(network), document["functions"]
     for name in {**expected, **found}:
@@ -192,21 +195,21 @@ def inspect_packed(path: str | Path) -> dict[str, Any]:
         ValueError: if the file is truncated, corrupted or foreign.
     """
     path = Path(path)
-    document, tensors = _read(path)
-    plan = QuantPlan.from_json(document["plan"], f"{path}: plan")
+    file = read(path)
+    document, plan = file.document, file.plan
     layers: list[dict[str, Any]] = []
     for key in document["packed"]:
-        name, part = _layer_and_part(key)
-        codes = _codes(key, document, plan, tensors, path)
+        name, part = layer_and_part(key)
+        codes = file.codes(key)
         values, counts = np.unique(codes, return_counts=True)
         layers.append(
             {
-                "name": _part_key(name, part),
+                "name": part_key(name, part),
                 "weight": str(plan[name].weight_of(part)),
                 "input": str(plan[name].input_of(part)),
                 "parameters": int(codes.size),
-                "bytes": tensors[key].numel(),
-                "bits": 8 * tensors[key].numel() / max(codes.size, 1),
+                "bytes": len(file.tensors[key].data),
+                "bits": 8 * len(file.tensors[key].data) / max(codes.size, 1),
                 "codes": int(values.size),
                 "histogram": {str(v): int(c) for v, c in zip(values, counts, strict=True)},
             }
@@ -271,17 +274,6 @@ def _check_shared(layers: Mapping[str, QuantizedLayer]) -> None:
                 f"layers '{seen[id(layer.weight)]}' and '{name}' share one weight and round it differently: give both "
                 "the same format"
             )
-
-
-def _part_key(key: str, part: str) -> str:
-    """What a part of a weight is called in the file: ``….weight[skip]``; the weight's key where it is whole."""
-    return key if part == WHOLE else f"{key}[{part}]"
-
-
-def _layer_and_part(key: str) -> tuple[str, str]:
-    """Layer and part that a packed weight is of."""
-    name, _, part = key.partition(".weight[") if key.endswith("]") else (key.removesuffix(".weight"), "", "")
-    return name, part.removesuffix("]") or WHOLE
 
 
 def _skips(network: nn.Module, example: Tensor | None) -> list[dict[str, Any]]:
@@ -364,8 +356,8 @@ def _load(
         layer = layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
         pieces = {} if layer is None else layer.pieces(layer.output_major(value))
         # A weight of which no part is rounded stands there whole.
-        if layer is not None and any(_part_key(key, part) in codes for part in pieces if part != WHOLE):
-            expected.update({_part_key(key, part): piece for part, piece in pieces.items()})
+        if layer is not None and any(part_key(key, part) in codes for part in pieces if part != WHOLE):
+            expected.update({part_key(key, part): piece for part, piece in pieces.items()})
         else:
             expected[key] = value
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
@@ -379,88 +371,32 @@ def _load(
         {key: tensors[key] for key in state if key in tensors and key not in codes}, strict=False
     )
     for name, layer in layers.items():
-        keys = {part: _part_key(f"{name}.weight", part) for part in layer.weight_quantizers}
+        keys = {part: part_key(f"{name}.weight", part) for part in layer.weight_quantizers}
         layer.set_codes({part: torch.from_numpy(codes[key]) for part, key in keys.items() if key in codes})
         if layer.parts:
             layer.set_weights({p: tensors[k] for p, k in keys.items() if k in tensors and k not in codes})
 
 
-def _codes(
-    key: str, document: Mapping[str, Any], plan: QuantPlan, tensors: Mapping[str, Tensor], path: Path
-) -> np.ndarray:
-    """The codes of one packed weight, (count,), int32, output channels first."""
-    layer, part = _layer_and_part(key)
-    number_format = plan[layer].weight_of(part)
-    # Without an entry, ternary codes take the bits of their format, as all others do.
-    coding = document["codings"].get(key, "2bit")
-    if key in document["codings"] and not is_ternary(number_format):
-        raise ValueError(
-            f"{path}: corrupted: '{key}' has the coding {coding!r}, but is {number_format}, not ternary"
-        )
-    try:
-        return decode(tensors[key].numpy(), number_format, prod(document["packed"][key]), coding)
-    except ValueError as error:
-        raise ValueError(f"{path}: '{key}': {error}") from None
+def _read(path: Path) -> tuple[PackedFile, dict[str, Tensor]]:
+    """A packed file, its checksum compared, and its tensors."""
+    file = read(path)
+    return file, {key: _tensor(stored) for key, stored in file.tensors.items()}
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a packed file, its checksum compared.
+def _tensor(stored: StoredTensor) -> Tensor:
+    dtype = getattr(torch, stored.dtype)
+    if not stored.data:  # which frombuffer refuses
+        return torch.empty(stored.shape, dtype=dtype)
+    return torch.frombuffer(bytearray(stored.data), dtype=dtype).reshape(stored.shape)
 
-    Raises:
-        ValueError: if it is no packed checkpoint of ours, or damaged.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file, expected a packed checkpoint (written by monai_unetq.pack)"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: truncated, corrupted, or no safetensors file ({error})") from None
-    if text is None:
-        raise ValueError(f"{path}: a safetensors file, but no packed checkpoint (no '{KEY}' in its metadata)")
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: corrupted: its header is not JSON ({error})") from None
-    found = document.get("version") if isinstance(document, dict) else None
-    if isinstance(found, int) and found > WITH_PARTS:
-        raise ValueError(
-            f"{path}: packed format {found}, this program reads up to {WITH_PARTS}: update monai-unetq"
-        )
-    kinds = {"version": int, "network": str, "plan": dict, "packed": dict, "folded": list, "functions": dict, "versions": dict, "checksum": str}  # fmt: skip
-    if found in (WITH_CODINGS, WITH_PARTS):
-        kinds["codings"] = dict
-    if found == WITH_PARTS:
-        kinds["skips"] = list
-    for key, kind in kinds.items():
-        if not isinstance(document, dict) or not isinstance(document.get(key), kind):
-            raise ValueError(f"{path}: corrupted: '{key}' is missing from its header or no {kind.__name__}")
-    if document["version"] not in (PLAIN, WITH_CODINGS, WITH_PARTS):
-        raise ValueError(
-            f"{path}: corrupted: packed format {document['version']}, expected {PLAIN} to {WITH_PARTS}"
-        )
-    if _checksum({k: v for k, v in document.items() if k != "checksum"}, tensors) != document["checksum"]:
-        raise ValueError(f"{path}: corrupted: its checksum does not match its content")
-    missing = [key for key in document["packed"] if key not in tensors or tensors[key].dtype != torch.uint8]
-    if missing:
-        raise ValueError(f"{path}: corrupted: no packed tensor {missing[0]}")
-    document = {"codings": {}, "skips": [], **document}
-    unknown = sorted(document["codings"].keys() - document["packed"].keys())
-    if unknown:
-        raise ValueError(f"{path}: corrupted: a coding for '{unknown[0]}', which is no packed weight")
-    return document, tensors
+
+def _stored(tensor: Tensor) -> StoredTensor:
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return StoredTensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
 
 
 def _checksum(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
-    for key in sorted(tensors):
-        tensor = tensors[key].contiguous()
-        digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return checksum(document, {key: _stored(tensor) for key, tensor in tensors.items()})
 
 
 def _version(name: str) -> str:

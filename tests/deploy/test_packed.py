@@ -20,9 +20,9 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from monai_unetq.allocation import cost_of
+from monai_unetq.coding import TernaryCoding
 from monai_unetq.deploy import inspect_packed, pack, unpack
 from monai_unetq.deploy import packed as packing
-from monai_unetq.deploy.coding import TernaryCoding
 from monai_unetq.formats import QFormat
 from monai_unetq.networks import FixedPointUNet
 from monai_unetq.parts import WHOLE

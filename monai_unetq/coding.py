@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..formats import QFormat
 from .bits import pack_codes, pack_digits, pack_signs, unpack_codes, unpack_digits, unpack_signs
+from .formats import QFormat
 
 __all__ = ["TERNARY_CODINGS", "TernaryCoding", "check_coding", "decode", "encode", "is_ternary"]
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monai_unetq.deploy import pack_codes
-from monai_unetq.deploy.coding import TERNARY_CODINGS, TernaryCoding, decode, encode
+from monai_unetq.bits import pack_codes
+from monai_unetq.coding import TERNARY_CODINGS, TernaryCoding, decode, encode
 from monai_unetq.formats import QFormat
 
 # Format, coding, bytes of 100 codes: by hand.

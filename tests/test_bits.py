@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monai_unetq.deploy import bits as module
-from monai_unetq.deploy import (
+from monai_unetq import bits as module
+from monai_unetq.bits import (
     pack_codes,
     pack_digits,
     pack_signs,
