@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +180,8 @@ def activations(repeats: int) -> list[dict[str, Any]]:
                 ends = ("x", "y")
                 if rounded:
                     constants = [
-                        numpy_helper.from_array(np.float32(1 / 16), "scale"),
-                        numpy_helper.from_array(np.int8(0), "zero"),
+                        numpy_helper.from_array(np.array(1 / 16, np.float32), "scale"),
+                        numpy_helper.from_array(np.array(0, np.int8), "zero"),
                     ]
                     for source, place in (("x", "a"), ("b", "y")):
                         nodes += [
@@ -198,8 +199,8 @@ def activations(repeats: int) -> list[dict[str, Any]]:
                 request = core.compile_model(core.read_model(data), "CPU").create_infer_request()
                 x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
                 runs: dict[str, Callable[[], Any]] = {
-                    "ONNX Runtime": lambda session=session, x=x: session.run(None, {"x": x}),
-                    "OpenVINO": lambda request=request, x=x: request.infer([x]),
+                    "ONNX Runtime": partial(session.run, None, {"x": x}),
+                    "OpenVINO": partial(request.infer, [x]),
                 }
                 for engine, run in runs.items():
                     run()
