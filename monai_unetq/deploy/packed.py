@@ -236,10 +236,11 @@ def packed_shapes(path: str | Path) -> tuple[dict[str, list[int]], dict[str, str
         FileNotFoundError: if there is no such file.
         ValueError: if the file is truncated, corrupted or foreign.
     """
-    document, tensors = _read(Path(path))
+    file = read(path)
+    document = file.document
     shapes: dict[str, list[int]] = {}
-    for key, tensor in tensors.items():
-        layer, part = _layer_and_part(key)
+    for key, tensor in file.tensors.items():
+        layer, part = layer_and_part(key)
         shape = [*document["packed"].get(key, tensor.shape)]
         name = key if part == WHOLE else f"{layer}.weight"
         if name in shapes:
