@@ -11,6 +11,7 @@ import ast
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -456,25 +457,28 @@ def _layer(
     finest = tuple(max(step[o] for step, _ in steps.values()) for o in range(outputs))
     at.finest[output] = finest if rounds_bias else ()
     bias_exponents = finest if bias is not None and rounds_bias else ()
-    exponents = [
-        max((step[o] for step, live in steps.values() if live[o]), default=0) for o in range(outputs)
-    ]
+    settled = [(0, 0)] * outputs
     if bias is not None:
         bias = np.ascontiguousarray(bias, dtype=np.float32)
         try:
             settled = settled_bias(bias, bias_exponents)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        exponents = [
-            max(e, own) if integer else e for e, (integer, own) in zip(exponents, settled, strict=True)
-        ]
+    silent = _silent(layer, grid, steps, settled)
+    exponents = []
+    for channel, (integer, own) in enumerate(settled):
+        grids = [step[channel] for step, live in steps.values() if live[channel] and channel not in silent]
+        exponents.append(max([*grids, *([own] if integer else [])], default=0))
+    parts = (
+        PartWeights(
+            part,
+            tuple(exponents[o] - step[o] if live[o] and o not in silent else 0 for o in range(outputs)),
+        )
+        for part, (step, live) in steps.items()
+    )
     operation = Convolve(
-        inputs=(source,), output=output, layer=layer.name,
-        parts=tuple(
-            PartWeights(part, tuple(e - s if alive else 0 for e, s, alive in zip(exponents, step, live, strict=True)))
-            for part, (step, live) in steps.items()
-        ),
-        bias=bias is not None, bias_exponents=bias_exponents,
+        inputs=(source,), output=output, layer=layer.name, parts=tuple(parts),
+        bias=bias is not None, bias_exponents=bias_exponents, silent=silent,
         strides=strides, pads=pads, dilations=dilations, groups=layer.groups, transposed=layer.transposed,
         output_padding=output_padding or (0,) * len(strides), accumulator="int32",
     )  # fmt: skip
@@ -522,6 +526,27 @@ def _steps(layer: TracedLayer, image: Grid, where: str) -> dict[str, tuple[list[
         live = np.any(weight.codes.reshape(weight.codes.shape[0], -1), axis=1)
         found[part] = ([exponent - power for power in powers if power is not None], [bool(v) for v in live])
     return found
+
+
+def _silent(
+    layer: TracedLayer,
+    image: Grid,
+    steps: dict[str, tuple[list[int], list[bool]]],
+    settled: Sequence[tuple[int, int]],
+) -> tuple[int, ...]:
+    """Output channels whose weights together are less than 2^-54 of their bias."""
+    found = []
+    for channel, (integer, own) in enumerate(settled):
+        finest = min((step[channel] for step, live in steps.values() if live[channel]), default=own)
+        if not integer or finest - own < 54 - abs(integer).bit_length():
+            continue
+        reach = Fraction(0)
+        for part, (step, _) in steps.items():
+            codes = layer.weights[part].codes[channel].astype(object)
+            reach += int(np.abs(codes).sum()) * image.bound * Fraction(2) ** -step[channel]
+        if reach < abs(integer) * Fraction(2) ** (-own - 54):
+            found.append(channel)
+    return tuple(found)
 
 
 # Activations

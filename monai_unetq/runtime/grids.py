@@ -83,6 +83,11 @@ def assemble(
         if codes.shape[0] != len(exponents):
             raise ValueError(f"{where}: {codes.shape[0]} output channels, expected {len(exponents)}")
         rows = np.abs(codes).reshape(codes.shape[0], -1).max(axis=1, initial=0)
+        if any(silent not in range(codes.shape[0]) for silent in operation.silent):
+            raise ValueError(f"{where}: 'silent' names a channel that it has not")
+        codes = codes.copy()
+        codes[list(operation.silent)] = 0
+        rows[list(operation.silent)] = 0
         if any(int(row) << shift >= LIMIT for row, shift in zip(rows, part.shifts, strict=True)):
             raise ValueError(f"{where}: its parts do not meet on one grid with in 61 bits")
         shifts = np.array(part.shifts, dtype=np.int64).reshape(-1, *[1] * (codes.ndim - 1))

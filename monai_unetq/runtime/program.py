@@ -144,6 +144,8 @@ class Convolve(Operation):
         parts: in the order of the input channels.
         bias: whether there is one.
         bias_exponents: (O,), the grid that the bias is rounded to, half to even; empty where it stays as it is.
+        silent: output channels that are their bias alone: all their weights together are less than 2^-54 of it, so
+            that float64 does not see them either. Batch norm with a gain of almost 0 leaves such channels.
         pads: begin of each axis, then end of each axis.
         accumulator: what the proven bound needs.
     """
@@ -153,6 +155,7 @@ class Convolve(Operation):
     parts: tuple[PartWeights, ...]
     bias: bool
     bias_exponents: Ints
+    silent: Ints
     strides: Ints
     pads: Ints
     dilations: Ints
