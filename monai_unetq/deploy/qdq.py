@@ -27,6 +27,7 @@ OPSET_OF_INT4 = 21
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _INT8 = (-128, 127)
 _INT4 = (-8, 7)
+_LARGEST = 3e38
 _EXACT = 1 << 24
 """Integers below are exact in float32."""
 
@@ -85,6 +86,8 @@ class _Lowering:
         for node in list(self.graph):
             if node.op_type == "Concat":
                 self._concatenation(node)
+            elif node.op_type == "InstanceNormalization" and self.target == "openvino":
+                self._keep_scale(node)
         # Whatever reads rounded values besides what took the integers reads them dequantized.
         for value, activation in self.activations.items():
             if value.uses():
@@ -189,6 +192,16 @@ class _Lowering:
             self.graph.insert_after(producer, node)
             self.dequantized[key] = node.outputs[0]
         return self.dequantized[key]
+
+    def _keep_scale(self, norm: ir.Node) -> None:
+        """A clip at what float32 holds, in front of an instance norm.
+
+        OpenVINO takes a convolution's scale through the norm behind it, which a scale would not change were it not for
+        ε: it then adds 1e-5 to the variance of integers. Of the clip it does not take a scale per channel through.
+        """
+        source = norm.inputs[0]
+        assert source is not None
+        norm.replace_input_with(0, self._clipped(norm, source, -_LARGEST, _LARGEST))
 
     # Weights
 
