@@ -21,10 +21,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .. import __version__
 from ..files import write_json
 from ..surgery import fold
-from .packed import _version, pack
+from .packed import installed_version, pack
 from .qdq import Store, to_qdq
 from .qonnx import to_qonnx
 from .trace import trace
@@ -36,6 +35,8 @@ TARGETS: tuple[ExportTarget, ...] = get_args(ExportTarget)
 Profile = Literal["onnxruntime", "tensorrt"]
 
 EXPORT_VERSION = 1
+ENGINES = ("monai-unetq", "torch", "onnx", "onnxruntime", "openvino", "qonnx")
+"""Packages whose versions are kept."""
 
 
 @torch.no_grad()
@@ -95,9 +96,8 @@ def export(
         "network": f"{type(network).__module__}.{type(network).__qualname__}",
         "image": list(image.shape),
         "preprocessing": dict(preprocessing or {}),
-        "versions": {name: _version(name) for name in ("torch", "onnx", "onnxruntime", "openvino", "qonnx")},
+        "versions": {name: installed_version(name) for name in ENGINES},
     }
-    document["versions"]["monai-unetq"] = __version__
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.resolve().parent))
     scratch.chmod(0o755)
@@ -168,7 +168,9 @@ def _write_golden(network: nn.Module, image: Tensor, folder: Path) -> None:
     """An image and its logits by fake quantization, computed in float64 where every sum is exact."""
     exact = fold(copy.deepcopy(network).cpu().float(), image[:1]).double().eval()
     logits = exact(image.double()).float().contiguous()
-    save_file({"image": image.contiguous(), "logits": logits}, folder / "golden.safetensors")
+    file = folder / "golden.safetensors"
+    save_file({"image": image.contiguous(), "logits": logits}, file)
+    file.chmod(0o644)  # safetensors lets nobody else read it
 
 
 def _sha256(file: Path) -> str:

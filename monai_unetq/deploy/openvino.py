@@ -95,7 +95,8 @@ def executions(compiled: Any) -> list[Execution]:
 
 def _macs(node: Any, kind: str) -> int:
     try:
-        image, weight, out = (list(map(int, s)) for s in (node.input(0).shape, node.input(1).shape, node.output(0).shape))  # fmt: skip
+        places = (node.input_value(0), node.input_value(1), node.output(0))
+        image, weight, out = ([int(size) for size in place.get_shape()] for place in places)
     except RuntimeError:  # free sizes
         return 0
     if kind == "Convolution":

@@ -52,7 +52,7 @@ from ..surgery.fold import FoldedNorm, fold_pairs, take_norm_out
 from ..surgery.quantize import quantized_layers
 from ..surgery.supervise import refuse_supervised
 
-__all__ = ["inspect_packed", "pack", "unpack"]
+__all__ = ["inspect_packed", "installed_version", "pack", "packed_shapes", "unpack"]
 
 _WITH_BIAS: Any = (*QUANTIZED_LAYERS, QuantizedLayer)
 
@@ -124,7 +124,7 @@ def pack(
         **({"skips": _skips(baked, example)} if split else {}),
         "folded": sorted(name for name, module in baked.named_modules() if isinstance(module, FoldedNorm)),
         "functions": _functions(baked),
-        "versions": {name: _version(name) for name in ("monai-unetq", "torch")},
+        "versions": {name: installed_version(name) for name in ("monai-unetq", "torch")},
     }
     document["checksum"] = _checksum(document, tensors)
     data = save(tensors, {KEY: json.dumps(document)})
@@ -236,18 +236,17 @@ def packed_shapes(path: str | Path) -> tuple[dict[str, list[int]], dict[str, str
         FileNotFoundError: if there is no such file.
         ValueError: if the file is truncated, corrupted or foreign.
     """
-    file = read(path)
-    document = file.document
+    packed = read(path)
     shapes: dict[str, list[int]] = {}
-    for key, tensor in file.tensors.items():
+    for key, tensor in packed.tensors.items():
         layer, part = layer_and_part(key)
-        shape = [*document["packed"].get(key, tensor.shape)]
+        shape = [*packed.document["packed"].get(key, tensor.shape)]
         name = key if part == WHOLE else f"{layer}.weight"
         if name in shapes:
             shapes[name][1] += shape[1]
         else:
             shapes[name] = shape
-    return shapes, dict(document["functions"])
+    return shapes, dict(packed.document["functions"])
 
 
 def _functions(network: nn.Module) -> dict[str, str]:
@@ -400,7 +399,8 @@ def _checksum(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
     return checksum(document, {key: _stored(tensor) for key, tensor in tensors.items()})
 
 
-def _version(name: str) -> str:
+def installed_version(name: str) -> str:
+    """The version of a package, ``unknown`` where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -1,20 +1,5 @@
-"""Files → predictions. Nothing below imports torch: numpy (and safetensors for packed files) is enough.
+"""Files → predictions. Nothing below imports torch: numpy, safetensors and the engine of an export are enough.
 
-Submodules load when they are first used.
+``engine`` reads exported folders and runs them, ``verify`` checks them; ``integer`` is the integer reference, ``packed`` the
+reader of packed checkpoints.
 """
-
-from __future__ import annotations
-
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from . import integer, packed
-
-__all__ = ["integer", "packed"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,358 @@
+"""How fast do exported networks run? Ours beside the float networks and NNCF's own INT8, in one run, as ratios.
+
+Each engine runs in a process of its own, one round after another in turns, so that what the machine does besides falls on
+all of them; of each, the best time, and the most memory that its process held. Batch 1, weights at random: they do not
+matter to the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from monai_unetq.files import write_json
+from monai_unetq.recipe import versions
+from monai_unetq.reproduction.pages import between
+
+EXAMPLES = """\
+examples:
+  python benchmarks/inference.py run --out inference                 both networks, about ten minutes on 2 cores
+  python benchmarks/inference.py run --out inference --networks 2d --rounds 3
+  python benchmarks/inference.py page --out inference
+"""
+
+MARKS = "<!-- made by benchmarks/inference.py -->", "<!-- end -->"
+SIZES = {"2d": (256, 256), "3d": (64, 128, 128)}
+FEATURES = {"2d": [32, 64, 128, 256, 512], "3d": [16, 32, 64, 128, 128]}
+NORMS = ("instance", "batch")
+ENGINES = (
+    "torch float32", "torch bf16", "ONNX Runtime float32", "ONNX Runtime, ours", "OpenVINO float32", "OpenVINO bf16",
+    "OpenVINO, ours", "OpenVINO, ours, split", "OpenVINO, ours, bf16", "OpenVINO, NNCF",
+)  # fmt: skip
+REFERENCE = "torch float32"
+PEER = "OpenVINO, NNCF"
+ACTIVATION_SHAPES = ((100, 100), (100, 300))
+
+
+def network_of(name: str, norm: str) -> Any:
+    """nnU-Net's plain network with two classes; with batch norm it has ReLU, and all of it folds."""
+    import torch
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet
+    from torch import nn
+
+    torch.manual_seed(0)
+    dimensions, levels = len(SIZES[name]), len(FEATURES[name])
+    layer = getattr(nn, f"{norm.capitalize()}Norm{dimensions}d")
+    network = PlainConvUNet(
+        1, levels, FEATURES[name], (nn.Conv2d, nn.Conv3d)[dimensions - 2], 3, [1, *[2] * (levels - 1)], 2, 2, 2,
+        conv_bias=True, norm_op=layer, norm_op_kwargs={"affine": True}, nonlin=nn.ReLU if norm == "batch" else nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True}, deep_supervision=True,
+    )  # fmt: skip
+    return network.eval()
+
+
+def one_output(network: Any) -> Any:
+    """The network as it predicts: without deep supervision."""
+    network.decoder.deep_supervision = False
+    return network
+
+
+def quantized_network(name: str, norm: str, split: bool) -> Any:
+    """W8A8, calibrated on noise."""
+    import torch
+
+    import monai_unetq as uq
+    from monai_unetq.surgery import observe
+
+    network = network_of(name, norm)
+    image = torch.zeros(1, 1, *[size // 2 for size in SIZES[name]])
+    if split:
+        uq.split(network, image)
+    seen = observe(network, image)
+    used = one_output(network)
+    seen = observe(used, image)
+    plan = uq.QuantPlan.uniform(
+        used, weights="int8", activations="int8", input="int8", keep_float=["decoder.seg_layers.[!" + str(len(FEATURES[name]) - 2) + "]"],
+        image_layers=seen.image_layers(), last_layer=seen.layers()[-1],
+    )  # fmt: skip
+    uq.quantize(used, plan, image)
+    return uq.calibrate(used, [torch.randn(2, 1, *image.shape[2:])])
+
+
+def prepare(name: str, norm: str, folder: Path) -> None:
+    """Write what the engines read: float ONNX and IR, ours, NNCF's."""
+    import nncf
+    import openvino
+    import torch
+
+    import monai_unetq as uq
+
+    image = torch.randn(1, 1, *SIZES[name])
+    network = one_output(network_of(name, norm))
+    torch.onnx.export(
+        network, (image,), folder / "float.onnx", dynamo=True, input_names=["image"], output_names=["logits"], verbose=False
+    )  # fmt: skip
+    core = openvino.Core()
+    model = core.read_model(folder / "float.onnx")
+    openvino.save_model(model, folder / "float.xml", compress_to_fp16=False)
+    rng = np.random.default_rng(0)
+    samples = [rng.normal(size=image.shape).astype(np.float32) for _ in range(4)]
+    openvino.save_model(
+        nncf.quantize(model, nncf.Dataset(samples), subset_size=len(samples)), folder / "nncf.xml"
+    )
+    for split in (False, True):
+        ours = quantized_network(name, norm, split)
+        ending = "-split" if split else ""
+        uq.export(ours, image, "openvino", folder / f"openvino{ending}")
+        if not split:
+            uq.export(ours, image, "onnx", folder / "onnx")
+
+
+def runner(engine: str, name: str, norm: str, folder: Path) -> Callable[[np.ndarray], Any]:
+    """A function that runs one engine on an image."""
+    if engine.startswith("torch"):
+        import torch
+
+        network = one_output(network_of(name, norm))
+        half = engine.endswith("bf16")
+
+        def by_torch(image: np.ndarray) -> Any:
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+                return network(torch.from_numpy(image))
+
+        return by_torch
+    if engine.startswith("ONNX Runtime"):
+        import onnxruntime
+
+        file = folder / ("onnx/model.onnx" if "ours" in engine else "float.onnx")
+        options = onnxruntime.SessionOptions()
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        return lambda image: session.run(None, {session.get_inputs()[0].name: image})
+    import openvino
+
+    file = folder / {
+        "OpenVINO, NNCF": "nncf.xml", "OpenVINO, ours": "openvino/model.xml", "OpenVINO, ours, bf16": "openvino/model.xml",
+        "OpenVINO, ours, split": "openvino-split/model.xml",
+    }.get(engine, "float.xml")  # fmt: skip
+    core = openvino.Core()
+    precision = "bf16" if engine.endswith("bf16") else "f32"
+    compiled = core.compile_model(core.read_model(file), "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    request = compiled.create_infer_request()
+    return lambda image: request.infer([image])
+
+
+def measure(engine: str, name: str, norm: str, folder: Path, repeats: int) -> dict[str, float]:
+    """Best time of an engine in this process, seconds, and the most memory that it held, MiB."""
+    run = runner(engine, name, norm, folder)
+    image = np.random.default_rng(0).normal(size=(1, 1, *SIZES[name])).astype(np.float32)
+    run(image)
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run(image)
+        times.append(time.perf_counter() - begin)
+    return {"seconds": min(times), "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def activations(repeats: int) -> list[dict[str, Any]]:
+    """The 2019 paper's table: ReLU and tanh of small tensors, float and rounded to INT8, in both engines."""
+    import onnxruntime
+    import openvino
+    from onnx import TensorProto, helper, numpy_helper
+
+    rows = []
+    for shape in ACTIVATION_SHAPES:
+        for operator in ("Relu", "Tanh"):
+            for rounded in (False, True):
+                nodes, constants = [], []
+                ends = ("x", "y")
+                if rounded:
+                    constants = [
+                        numpy_helper.from_array(np.array(1 / 16, np.float32), "scale"),
+                        numpy_helper.from_array(np.array(0, np.int8), "zero"),
+                    ]
+                    for source, place in (("x", "a"), ("b", "y")):
+                        nodes += [
+                            helper.make_node("QuantizeLinear", [source, "scale", "zero"], [f"{place}_q"]),
+                            helper.make_node("DequantizeLinear", [f"{place}_q", "scale", "zero"], [place]),
+                        ]
+                    ends = ("a", "b")
+                nodes.insert(2 if rounded else 0, helper.make_node(operator, [ends[0]], [ends[1]]))
+                values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in ("x", "y")]
+                graph = helper.make_graph(nodes, "activation", values[:1], values[1:], constants)
+                model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+                data = model.SerializeToString()
+                session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+                core = openvino.Core()
+                request = core.compile_model(core.read_model(data), "CPU").create_infer_request()
+                x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+                runs: dict[str, Callable[[], Any]] = {
+                    "ONNX Runtime": partial(session.run, None, {"x": x}),
+                    "OpenVINO": partial(request.infer, [x]),
+                }
+                for engine, run in runs.items():
+                    run()
+                    best = min(_timed(run) for _ in range(repeats))
+                    kind = "INT8" if rounded else "float32"
+                    rows.append({"engine": engine, "shape": list(shape), "layer": operator.lower(), "type": kind, "microseconds": 1e6 * best})  # fmt: skip
+    return rows
+
+
+def _timed(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure what is not measured yet, and write the document."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.networks:
+        for norm in NORMS:
+            result = options.out / f"{name}-{norm}.json"
+            if result.exists():
+                continue
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = Path(scratch)
+                command = [sys.executable, __file__]
+                subprocess.run(
+                    [*command, "prepare", "--out", str(folder), "--networks", name, "--norm", norm],
+                    check=True,
+                )
+                found: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
+                turns = [(r, engine) for r in range(options.rounds) for engine in ENGINES]
+                for _, engine in tqdm(turns, desc=f"{name}, {norm} norm", unit="run", disable=None):
+                    printed = subprocess.run(
+                        [*command, "measure", "--out", str(folder), "--networks", name, "--norm", norm, "--engine", engine],
+                        check=True, capture_output=True, text=True,
+                    ).stdout  # fmt: skip
+                    found[engine].append(json.loads(printed.splitlines()[-1]))
+                sizes = {
+                    "float32 ONNX": _size(folder, "float.onnx*"), "our ONNX": _size(folder / "onnx", "model.onnx"),
+                    "float32 IR": _size(folder, "float.bin"), "our IR": _size(folder / "openvino", "model.bin"),
+                    "NNCF IR": _size(folder, "nncf.bin"),
+                }  # fmt: skip
+            write_json(
+                result,
+                {
+                    "network": name, "norm": norm, "size": list(SIZES[name]), "features": FEATURES[name], "bytes": sizes,
+                    "engines": {
+                        engine: {
+                            "seconds": min(one["seconds"] for one in rounds),
+                            "peak_mib": max(one["peak_mib"] for one in rounds),
+                        }
+                        for engine, rounds in found.items()
+                    },
+                },
+            )  # fmt: skip
+    file = options.out / "activations.json"
+    if not file.exists():
+        write_json(file, {"rows": activations(300)})
+
+
+def _size(folder: Path, pattern: str) -> int:
+    return sum(file.stat().st_size for file in folder.glob(pattern))
+
+
+def collected(out: Path) -> dict[str, Any]:
+    """Everything that is there, as one document."""
+    import os
+
+    def read(file: Path) -> Any:
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    has = [k for k in ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2") if k in flags]
+    return {
+        "versions": versions("onnxruntime", "openvino", "nncf"),
+        "processor": f"{os.cpu_count()} cores, {(has or ['unknown'])[0]}",
+        "networks": [read(out / f"{n}-{k}.json") for n in SIZES for k in NORMS if (out / f"{n}-{k}.json").exists()],
+        "activations": read(out / "activations.json")["rows"] if (out / "activations.json").exists() else [],
+    }  # fmt: skip
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The page's tables, made from the JSON document alone."""
+    lines = [
+        "",
+        f"{document['processor']}; {', '.join(f'{k} {v}' for k, v in document['versions'].items())}.",
+    ]
+    for one in document["networks"]:
+        engines = one["engines"]
+        reference, peer = engines[REFERENCE]["seconds"], engines[PEER]["seconds"]
+        size = "×".join(map(str, one["size"]))
+        lines += [
+            "", f"## {one['network'].upper()}, {one['norm']} norm, {size}, features {one['features']}", "",
+            "| engine | ms | times faster than torch float32 | than NNCF's INT8 | peak memory [MiB] |", "|---|---:|---:|---:|---:|",
+        ]  # fmt: skip
+        for engine, found in engines.items():
+            seconds = found["seconds"]
+            lines.append(
+                f"| {engine} | {1000 * seconds:.1f} | {reference / seconds:.2f} | {peer / seconds:.2f} | "
+                f"{found['peak_mib']:.0f} |"
+            )
+        held = one["bytes"]
+        lines += [
+            "",
+            f"Files: our ONNX {held['our ONNX'] / held['float32 ONNX']:.3f} of float32's, our IR's weights "
+            f"{held['our IR'] / held['float32 IR']:.3f}, NNCF's {held['NNCF IR'] / held['float32 IR']:.3f}.",
+        ]
+    lines += ["", "## Activation layers alone", "", "| engine | layer | shape | float32 [µs] | INT8 [µs] |", "|---|---|---|---:|---:|"]  # fmt: skip
+    rows = {
+        (r["engine"], r["layer"], tuple(r["shape"]), r["type"]): r["microseconds"] for r in document["activations"]
+    }  # fmt: skip
+    for engine, layer, shape in dict.fromkeys(key[:3] for key in rows):
+        cells = [f"{rows[engine, layer, shape, kind]:.1f}" for kind in ("float32", "INT8")]
+        lines.append(f"| {engine} | {layer} | {'×'.join(map(str, shape))} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, or write the page; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("run", "page", "prepare", "measure"), help="run, or write the page; the others are what run starts")  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results")
+    parser.add_argument("--networks", nargs="+", choices=tuple(SIZES), default=tuple(SIZES), metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="in each (default: %(default)s)")
+    parser.add_argument("--norm", choices=NORMS, help=argparse.SUPPRESS)
+    parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--page", type=Path, metavar="DIR", default=Path("docs/results"), help="folder of the page"
+    )
+    options = parser.parse_args(arguments)
+    if options.what == "prepare":
+        prepare(options.networks[0], options.norm, options.out)
+    elif options.what == "measure":
+        print(
+            json.dumps(
+                measure(options.engine, options.networks[0], options.norm, options.out, options.repeats)
+            )
+        )
+    elif options.what == "page":
+        document = collected(options.out)
+        page = options.page / "inference.md"
+        text = between(page.read_text(encoding="utf-8"), *MARKS, markdown(document))
+        write_json(options.page / "inference.json", document)
+        page.write_text(text, encoding="utf-8")
+    else:
+        run(options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""``export``: what a folder holds, and that a failure leaves nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import monai_unetq as uq
+from monai_unetq.deploy import exporting
+from tests.deploy.networks import NETWORKS, traced
+
+
+@pytest.mark.parametrize(
+    ("target", "files"),
+    [("onnx", {"model.onnx"}), ("packed", {"model.unetq"}), ("integer", {"model.unetq", "program.json"})],
+)
+def test_what_a_folder_holds(target: exporting.ExportTarget, files: set[str], tmp_path: Path) -> None:
+    case = traced("nnunet plain")
+    out = tmp_path / "deep" / "out"
+    document = uq.export(case.network, case.image, target, out, preprocessing={"spacing": [1, 2]})
+    assert {file.name for file in out.iterdir()} == {"export.json", "golden.safetensors", *files}
+    assert json.loads((out / "export.json").read_text()) == document
+    assert document["files"].keys() == {"golden.safetensors", *files}
+    assert document["preprocessing"] == {"spacing": [1, 2]} and document["target"] == target
+    assert (
+        document["versions"]["torch"] == torch.__version__.partition("+")[0] or document["versions"]["torch"]
+    )
+    golden = load_file(out / "golden.safetensors")
+    assert torch.equal(golden["image"], case.image) and torch.equal(golden["logits"], case.logits)
+    assert [file.name for file in out.parent.iterdir()] == ["out"]
+
+
+def test_an_onnx_model_tells_its_plan_and_has_free_sizes(tmp_path: Path) -> None:
+    case = traced("nnunet plain")
+    document = uq.export(case.network, case.image, "onnx", tmp_path / "out")
+    assert document["dynamic"] == [0, 2, 3]
+    model = onnx.load(tmp_path / "out" / "model.onnx")
+    (entry,) = model.metadata_props
+    said = json.loads(entry.value)
+    assert uq.QuantPlan.from_json(said["plan"], "metadata") == uq.plan_of(case.network)
+    assert str(Path.home()) not in str(model) and "site-packages" not in str(model)
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
+    case = traced("nnunet plain")
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        uq.export(case.network, case.image, "packed", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    case = traced("segresnet")
+    with pytest.raises(ValueError, match="cannot be computed in integers"):
+        uq.export(case.network, case.image, "integer", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_target_has_not_is_refused(tmp_path: Path) -> None:
+    case = traced("nnunet plain")
+    with pytest.raises(ValueError, match="expected one of onnx, openvino"):
+        uq.export(case.network, case.image, "coreml", tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="store is 'int4', but openvino"):
+        uq.export(case.network, case.image, "openvino", tmp_path / "out", store="int4")
+    with pytest.raises(ValueError, match="not quantized"):
+        uq.export(NETWORKS["nnunet plain"].build(), case.image, "onnx", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,153 @@
+"""One case for each network and target: what an engine computes is what fake quantization computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from qonnx.core.modelwrapper import ModelWrapper
+from qonnx.core.onnx_exec import execute_onnx
+from qonnx.util.cleanup import cleanup_model
+
+from monai_unetq.deploy.integer import lower, write
+from monai_unetq.deploy.openvino import executions
+from monai_unetq.deploy.qdq import to_qdq
+from monai_unetq.deploy.qonnx import to_qonnx
+from monai_unetq.deploy.trace import trace
+from monai_unetq.runtime.integer import load
+from monai_unetq.runtime.verify import labels
+from tests.deploy.networks import NETWORKS, quantized, traced
+
+EVERY = pytest.mark.parametrize("name", NETWORKS)
+FLOAT_NORMS = ("dynunet", "segresnet", "unetr", "nnunet residual")
+"""Networks with float layers between integer ones, whose sums engines take in another order."""
+
+
+def by_onnxruntime(model: onnx.ModelProto, image: np.ndarray, optimized: bool = False) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    found: np.ndarray = session.run(None, {"image": image})[0]
+    return found
+
+
+def close(found: np.ndarray, expected: np.ndarray, name: str) -> bool:
+    if name not in FLOAT_NORMS:
+        return np.array_equal(found, expected)
+    return float(np.abs(found - expected).mean()) < 0.01 * float(np.abs(expected).max())
+
+
+@EVERY
+def test_onnx_runtime(name: str) -> None:
+    case = traced(name)
+    model = to_qdq(case.trace).model
+    assert {node.domain for node in model.graph.node} == {""}
+    onnx.checker.check_model(model, full_check=True)
+    image, expected = case.image.numpy(), case.logits.numpy()
+    assert close(by_onnxruntime(model, image), expected, name)
+    assert close(by_onnxruntime(model, image, optimized=True), expected, name)
+
+
+@EVERY
+def test_openvino(name: str) -> None:
+    openvino = pytest.importorskip("openvino")
+    case = traced(name)
+    core = openvino.Core()
+    model = core.read_model(to_qdq(case.trace, target="openvino").model.SerializeToString())
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert close(np.array(compiled(case.image.numpy())[0]), case.logits.numpy(), name)
+    found = executions(compiled)
+    assert all(one.is_int8 for one in found if one.kind == "Convolution")
+
+
+@EVERY
+def test_qonnx(name: str) -> None:
+    if name == "unetr":
+        pytest.skip("qonnx runs node by node: minutes for a transformer")
+    case = traced(name)
+    model = cleanup_model(ModelWrapper(to_qonnx(case.trace).model))
+    found = execute_onnx(model, {model.graph.input[0].name: case.image.numpy()})[model.graph.output[0].name]
+    assert close(found, case.logits.numpy(), name)
+
+
+@EVERY
+def test_integers(name: str, tmp_path: Path) -> None:
+    case = traced(name)
+    if not NETWORKS[name].holds:
+        with pytest.raises(ValueError, match="cannot be computed in integers"):
+            lower(case.trace)
+        return
+    write(case.trace, case.network, tmp_path)
+    codes, exponents = load(tmp_path)(case.image.numpy())
+    assert np.issubdtype(codes.dtype, np.integer)
+    column = np.asarray(exponents).reshape(-1, *[1] * (case.image.dim() - 2))
+    exact = np.ldexp(codes.astype(np.float64), -column)
+    assert np.array_equal(exact.astype(np.float32), case.logits.numpy())
+
+
+def test_a_split_convolution_stays_one() -> None:
+    case = traced("paper")
+    lowered = to_qdq(case.trace)
+    assert lowered.notes == {}
+    operators = [node.op_type for node in lowered.model.graph.node]
+    assert operators.count("Conv") == 15 and operators.count("Concat") == 3
+    makers = {output: node.op_type for node in lowered.model.graph.node for output in node.output}
+    joined = [node for node in lowered.model.graph.node if node.op_type == "Concat"]
+    assert {makers[name] for node in joined for name in node.input} == {"QuantizeLinear"}
+
+
+def test_parts_whose_scales_cannot_meet_become_two_convolutions() -> None:
+    network = quantized(NETWORKS["paper"].build, (1, 1, 32, 32), True, scale="free")
+    image = torch.rand(1, 1, 32, 32)
+    with torch.no_grad():
+        expected = network(image).numpy()
+    lowered = to_qdq(trace(network, image, dynamic=False))
+    assert set(lowered.notes) == {f"decoder.{level}.conv1" for level in range(3)}
+    assert all("2 convolutions" in note for note in lowered.notes.values())
+    assert [node.op_type for node in lowered.model.graph.node].count("Conv") == 18
+    found = by_onnxruntime(lowered.model, image.numpy())
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+    assert np.mean(labels(found) != labels(expected)) < 0.01
+
+
+@pytest.mark.parametrize("weights", ["ternary", "binary", "pow2-4"])
+def test_qonnx_holds_every_weight_format(weights: str) -> None:
+    network = quantized(NETWORKS["nnunet plain"].build, (1, 1, 16, 16), True, weights, "int3", "int8")
+    image = torch.rand(1, 1, 16, 16)
+    model = to_qonnx(trace(network, image, dynamic=False)).model
+    kinds = {node.op_type for node in model.graph.node if node.domain}
+    assert kinds == ({"Quant", "BipolarQuant"} if weights == "binary" else {"Quant"})
+    found = execute_onnx(ModelWrapper(model), {"image": image.numpy()})["logits"]
+    with torch.no_grad():
+        assert np.array_equal(found, network(image).numpy())
+
+
+def test_tensorrt_takes_signed_integers_only() -> None:
+    case = traced("paper")
+    with pytest.raises(ValueError, match=r"encoder\.0\.conv1': its input is unsigned with 256"):
+        to_qdq(case.trace, target="tensorrt")
+    network = quantized(NETWORKS["nnunet plain"].build, (1, 1, 16, 16), True, image_format="uint7")
+    image = torch.rand(1, 1, 16, 16)
+    model = to_qdq(trace(network, image, dynamic=False), target="tensorrt").model
+    constants = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    rounding = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    zeros = [constants[node.input[2]] for node in rounding if len(node.input) > 2]
+    assert {zero.dtype for zero in zeros} == {np.dtype(np.int8)} and not any(zero.any() for zero in zeros)
+    with torch.no_grad():
+        assert np.array_equal(by_onnxruntime(model, image.numpy()), network(image).numpy())
+
+
+def test_four_bit_weights_in_half_the_bytes() -> None:
+    case = traced("paper")
+    whole, half = to_qdq(case.trace), to_qdq(case.trace, store="int4")
+    assert half.model.ByteSize() < whole.model.ByteSize()
+    assert half.notes and all("float" in note for note in half.notes.values())
+    found = by_onnxruntime(half.model, case.image.numpy())
+    assert np.array_equal(found, case.logits.numpy())

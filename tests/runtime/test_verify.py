@@ -1,0 +1,142 @@
+"""``verify`` and the engines: damaged folders, another golden output, a process without torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+import monai_unetq as uq
+from monai_unetq.deploy.exporting import ExportTarget
+from monai_unetq.runtime.engine import load, read_export
+from monai_unetq.runtime.images import run_images
+from monai_unetq.runtime.verify import labels, verify
+from tests.deploy.networks import traced
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Target → folder."""
+    case, folder = traced("nnunet plain"), tmp_path_factory.mktemp("exports")
+    targets: tuple[ExportTarget, ...] = ("onnx", "openvino", "integer", "qonnx")
+    for target in targets:
+        uq.export(case.network, case.image, target, folder / target)
+    return {target: folder / target for target in targets}
+
+
+@pytest.fixture
+def copied(exported: dict[str, Path], tmp_path: Path) -> Path:
+    """An ONNX export that may be damaged."""
+    return Path(shutil.copytree(exported["onnx"], tmp_path / "onnx"))
+
+
+@pytest.mark.parametrize("target", ["onnx", "openvino", "integer"])
+def test_an_export_as_written_passes(target: str, exported: dict[str, Path]) -> None:
+    found = verify(exported[target])
+    assert found.passed and found.equal and found.labels_differ == 0 and found.target == target
+
+
+def test_engines_take_other_sizes(exported: dict[str, Path]) -> None:
+    case = traced("nnunet plain")
+    image = torch.rand(1, 1, 48, 64)
+    with torch.no_grad():
+        expected = case.network(image).numpy()
+    for target in ("onnx", "openvino"):
+        assert np.array_equal(load(exported[target])(image.numpy()), expected)
+
+
+def test_a_process_without_torch_runs_and_verifies(exported: dict[str, Path]) -> None:
+    script = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from monai_unetq.runtime.verify import verify\n"
+        "print([verify(folder).equal for folder in sys.argv[1:]])"
+    )
+    folders = [str(exported[target]) for target in ("onnx", "openvino", "integer")]
+    done = subprocess.run([sys.executable, "-c", script, *folders], capture_output=True, text=True)
+    assert done.stdout.strip() == "[True, True, True]", done.stderr
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "golden.safetensors"])
+def test_a_truncated_or_changed_file_is_named(name: str, copied: Path) -> None:
+    content = (copied / name).read_bytes()
+    (copied / name).write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=f"{name}: truncated or changed"):
+        verify(copied)
+    (copied / name).write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    with pytest.raises(ValueError, match=f"{name}: truncated or changed"):
+        load(copied)
+    (copied / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name}: is missing"):
+        verify(copied)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "no JSON"),
+        ("[]", "'version' is missing"),
+        (json.dumps({"version": 1}), "'target' is missing"),
+    ],
+)
+def test_a_foreign_export_json_is_refused(text: str, message: str, copied: Path) -> None:
+    (copied / "export.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_export(copied)
+
+
+def test_a_newer_version_and_a_path_outside_are_refused(copied: Path) -> None:
+    document = json.loads((copied / "export.json").read_text())
+    (copied / "export.json").write_text(json.dumps({**document, "version": 9}))
+    with pytest.raises(ValueError, match="version 9"):
+        verify(copied)
+    (copied / "export.json").write_text(json.dumps({**document, "files": {"../secret": "0"}}))
+    with pytest.raises(ValueError, match="expected one in its own folder"):
+        verify(copied)
+
+
+def test_what_has_no_engine_here_says_where_it_runs(exported: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="FINN, hls4ml"):
+        load(exported["qonnx"])
+    with pytest.raises(FileNotFoundError, match=r"export\.json: no such file"):
+        verify(tmp_path)
+
+
+def test_another_golden_output_fails(copied: Path) -> None:
+    golden = load_file(copied / "golden.safetensors")
+    save_file({**golden, "logits": -golden["logits"]}, copied / "golden.safetensors")
+    document = json.loads((copied / "export.json").read_text())
+    del document["files"]["golden.safetensors"]
+    (copied / "export.json").write_text(json.dumps(document))
+    found = verify(copied)
+    assert not found.passed and not found.equal and found.labels_differ > 0.9 and found.hint
+
+
+def test_labels() -> None:
+    assert labels(np.array([[[-1.0, 2.0]]])).tolist() == [[0, 1]]
+    assert labels(np.array([[[-1.0, 2.0], [0.0, 1.0]]])).tolist() == [[1, 0]]
+
+
+def test_images_are_padded_run_and_counted(exported: dict[str, Path], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "a.npy", rng.integers(0, 256, (40, 50), dtype=np.uint8))
+    (found,) = run_images(exported["onnx"], tmp_path)
+    assert found["image"] == "a.npy" and sum(found["labels"].values()) == pytest.approx(1)
+    np.save(tmp_path / "b.npy", np.zeros(7))
+    with pytest.raises(ValueError, match=r"b\.npy: has 1 dimensions, expected 2"):
+        run_images(exported["onnx"], tmp_path)
+    with pytest.raises(FileNotFoundError, match="found no image"):
+        run_images(exported["onnx"], exported["onnx"])
+
+
+def test_an_exported_network_is_a_module(exported: dict[str, Path]) -> None:
+    case = traced("nnunet plain")
+    network = uq.networks.ExportedNetwork(exported["openvino"])
+    assert torch.equal(network(case.image), case.logits)
+    assert str(exported["openvino"]) in repr(network)
