@@ -66,7 +66,7 @@ def quantized(
 
 
 def mixed(network: nn.Module) -> QuantPlan:
-    """Another format for every layer, or part of one, and other activations."""
+    """Another format for every layer, and other activations."""
     plan = QuantPlan.uniform(network, **W4A6)
     layers = {}
     for number, (name, layer) in enumerate(plan.layers.items()):
@@ -198,16 +198,14 @@ class Perceptron(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("dimensions", [1, 3])
+@pytest.mark.parametrize("dimensions", [1, 0])
 def test_other_dimensions_and_linear_layers(dimensions: int, tmp_path: Path) -> None:
     torch.manual_seed(4)
     network: nn.Module = Perceptron()
-    shape = (2, 8, 8)
+    shape: tuple[int, ...] = (2, 8, 8)
     if dimensions == 1:
-        network, shape = (
-            nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 2, 2)),
-            (2, 9),
-        )  # type: ignore[assignment]
+        network = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 2, 2))
+        shape = (2, 9)
     check(quantized(with_statistics(network), example_of(shape), W4A6), example_of(shape), tmp_path)
 
 
@@ -255,7 +253,7 @@ def test_one_image_read_twice_and_as_a_skip(tmp_path: Path) -> None:
 # Refusals
 
 
-def two(*between: nn.Module, channels: int = 4) -> nn.Module:
+def two(*between: nn.Module, channels: int = 4) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), *between, nn.Conv2d(channels, 2, 1)).eval()
 
 
@@ -336,7 +334,7 @@ def test_another_network_than_the_traced_one_is_refused(tmp_path: Path) -> None:
     network = quantized(two(nn.ReLU()), example, W8A8)
     traced = trace(network, example, dynamic=False)
     with torch.no_grad():
-        network[0].weight[0] *= -1  # type: ignore[index, operator]
+        network[0].weight[0] *= -1  # type: ignore[index]
     with pytest.raises(ValueError, match="layer '0' is not what was traced"):
         write(traced, network, tmp_path)
     assert not (tmp_path / "program.json").exists()

@@ -77,8 +77,8 @@ def test_the_printed_formula(values: list[float], whole: int, fraction: int, sig
     array = np.array(values, np.float32)
     high = ((1 << whole) - 1 + (1 if fraction else 0)) << fraction
     low = -high if signed else 0
-    literal = literal_fake_quantize(torch.from_numpy(array).double(), whole, fraction, signed)
-    expected = literal.numpy() * 2.0**fraction
+    rounded = literal_fake_quantize(torch.from_numpy(array).double(), whole, fraction, signed)
+    expected = rounded.numpy() * 2.0**fraction
     assert np.array_equal(kernels.round_float_literally(array, fraction, low, high), expected)
 
 
