@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ examples:
   unetq export bundles/em_unet --set width=16 --to integer --out em-integer
   unetq export nnUNet_results/Dataset004_Hippocampus/nnUNetTrainerSSQAT__nnUNetPlans__3d_fullres \\
       --fold 0 --to onnx --out hippocampus-onnx                      one fold of an nnU-Net
+  unetq export bundles/em_unet --to onnx --out em-onnx --image slice.png   a real golden image
   unetq export unetq-demo/model.unetq --to qonnx --out demo-qonnx    a packed U-Net of the 2019 paper
   unetq verify em-openvino                                           does it compute what it should?
 
@@ -64,6 +65,10 @@ def add_export_command(commands: Any, command: Callable[..., argparse.ArgumentPa
     parser.add_argument(
         "--for", dest="profile", choices=("onnxruntime", "tensorrt"), default="onnxruntime",
         help="of --to onnx: whose rules the model keeps (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--image", type=Path, nargs="+", metavar="FILE",
+        help="the golden image, of nnU-Net one file for each channel; preprocessed as the model says (default: noise)",
     )  # fmt: skip
     parser.add_argument("--size", type=int, nargs="+", metavar="N", help="of the image: H W or H W D")
     parser.add_argument("--fold", metavar="F", help="of an nnU-Net (default: the first that is finished)")
@@ -131,6 +136,8 @@ def _refuse(options: argparse.Namespace, model: Path, what: str, *names: str) ->
 
 
 def _packed(file: Path, options: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Any]]:
+    import torch
+
     from ..deploy import inspect_packed, unpack
     from ..networks import FixedPointUNet
 
@@ -141,7 +148,12 @@ def _packed(file: Path, options: argparse.Namespace) -> tuple[nn.Module, Tensor,
             "the nnU-Net folder that it came from"
         )
     network = unpack(file, _paper_network(file))
-    return network, _example(network, options.size), {}
+    if options.image is None:
+        return network, _example(network, options.size), {}
+    from ..runtime.images import read_image
+
+    image = torch.from_numpy(read_image(options.image[0], _dimensions(network))[:1])
+    return network, _fitted(image, options.size), {}
 
 
 def _paper_network(file: Path) -> nn.Module:
@@ -190,7 +202,16 @@ def _bundle(folder: Path, options: argparse.Namespace) -> tuple[nn.Module, Tenso
             "trained file with --set model=FILE where it is not the bundle's own"
         )
     preprocessing = {"monai_transforms": steps} if isinstance(steps, dict) else {}
-    return network, _example(network, options.size), preprocessing
+    if options.image is None:
+        return network, _example(network, options.size), preprocessing
+    try:
+        image = parser.get_parsed_content("preprocessing")({"image": str(options.image[0])})["image"]
+    except Exception as error:  # MONAI's transforms raise whatever a file makes them
+        raise ValueError(f"{options.image[0]}: the bundle's preprocessing fails on it: {error}") from error
+    image = image.as_tensor() if hasattr(image, "as_tensor") else image
+    if len(image.shape) == _dimensions(network) + 2:  # a volume for a network in 2D: its middle slice
+        image = image[..., image.shape[-1] // 2]
+    return network, _fitted(image[None].float(), options.size), preprocessing
 
 
 def _nnunet(folder: Path, options: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Any]]:
@@ -224,6 +245,8 @@ def _nnunet(folder: Path, options: argparse.Namespace) -> tuple[nn.Module, Tenso
         "patch_size": list(trained.patch_size),
         "labels": document.get("labels"),
     }
+    if options.image is not None:
+        return network.eval(), _fitted(trained.preprocess(options.image)[None], size), preprocessing
     torch.manual_seed(0)
     return network.eval(), torch.randn(1, channels, *size), preprocessing
 
@@ -241,6 +264,30 @@ def _example(network: nn.Module, size: list[int] | None) -> Tensor:
         shape[2:] = size
     torch.manual_seed(0)
     return torch.rand(shape)
+
+
+def _dimensions(network: nn.Module) -> int:
+    from ..surgery.observe import example_for
+
+    return example_for(network).dim() - 2
+
+
+def _fitted(image: Tensor, size: Sequence[int] | None) -> Tensor:
+    """The middle of an image (1, C, spatial…), cut and filled with zeros to a size; by default to multiples of 32."""
+    from torch.nn.functional import pad
+
+    wanted = list(size) if size else [max(32, have // 32 * 32) for have in image.shape[2:]]
+    if len(wanted) != image.dim() - 2:
+        raise ValueError(f"--size has {len(wanted)} numbers, expected {image.dim() - 2}")
+    for axis, want in enumerate(wanted, 2):
+        have = image.shape[axis]
+        if have > want:
+            image = image.narrow(axis, (have - want) // 2, want)
+        elif have < want:
+            before = (want - have) // 2
+            after = [0, 0] * (image.dim() - 1 - axis) + [before, want - have - before]
+            image = pad(image, after)
+    return image.contiguous()
 
 
 def _literal(text: str) -> Any:

@@ -87,6 +87,24 @@ class TrainedFolder(nn.Module):
         self.patch_size = tuple(map(int, predictor.configuration_manager.patch_size))
         self._predictor = (predictor,)  # in a tuple: it is no module
 
+    def preprocess(self, files: Sequence[str | Path]) -> Tensor:
+        """A case as nnU-Net gives it to the network, resampled and normalized.
+
+        Args:
+            files: one for each channel, in order.
+
+        Returns:
+            (C, spatial…), float32; of a volume for a network in 2D, its middle slice.
+        """
+        predictor = self._predictor[0]
+        preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
+        data, _, _ = preprocessor.run_case(
+            [str(file) for file in files], None, predictor.plans_manager, predictor.configuration_manager,
+            predictor.dataset_json,
+        )  # fmt: skip
+        found = torch.as_tensor(np.asarray(data), dtype=torch.float32)
+        return found if found.dim() == len(self.patch_size) + 1 else found[:, found.shape[1] // 2]
+
     def forward(self, image: Tensor) -> Tensor:
         """The segmentation of each image of the batch; shapes as in the class."""
         predictor = self._predictor[0]

@@ -88,12 +88,18 @@ def labels(logits: np.ndarray) -> np.ndarray:
 
 
 def _hint(target: str) -> str:
-    if target in ("onnx", "openvino") and not _has_vnni():
-        return (
-            "this processor has no VNNI: its INT8 products of 8-bit weights and 8-bit activations saturate at 16 bits; "
-            "quantize weights to 7 bits for such machines"
-        )
-    return "instance norm and other float layers differ between engines in their last bits, which rounding can enlarge"
+    if target == "integer":
+        return "integers must agree bit for bit; export again, and report it if they still do not"
+    norms = (
+        "instance, group and layer norm between integer layers differ between engines in their last bits, which "
+        "rounding can enlarge (check on a real image: unetq export --image)"
+    )
+    if _has_vnni():
+        return norms
+    return (
+        "this processor has no VNNI, so its INT8 products of 8-bit weights and 8-bit activations saturate at 16 bits "
+        f"(7-bit weights do not); or {norms}"
+    )
 
 
 def _has_vnni() -> bool:
