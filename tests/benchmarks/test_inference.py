@@ -1,0 +1,51 @@
+"""The inference benchmark: its page is made from its JSON, and its ratios are what they say."""
+
+from __future__ import annotations
+
+import json
+from types import ModuleType
+
+import pytest
+
+from monai_unetq.reproduction.pages import between
+from tests.benchmarks.scripts import BENCHMARKS, load
+
+RESULTS = BENCHMARKS.parent / "docs" / "results"
+
+
+@pytest.fixture(scope="module")
+def inference() -> ModuleType:
+    """The script as a module."""
+    return load("inference")
+
+
+def test_the_committed_page_is_made_from_the_committed_json(inference: ModuleType) -> None:
+    document = json.loads((RESULTS / "inference.json").read_text(encoding="utf-8"))
+    page = (RESULTS / "inference.md").read_text(encoding="utf-8")
+    begin, end = inference.MARKS
+    assert between(page, begin, end, inference.markdown(document)) == page
+
+
+def test_ratios(inference: ModuleType) -> None:
+    seconds = {inference.REFERENCE: 1.0, inference.PEER: 0.25, "OpenVINO, ours": 0.2}
+    document = {
+        "processor": "2 cores", "versions": {"openvino": "1"}, "activations": [],
+        "networks": [
+            {
+                "network": "2d", "norm": "batch", "size": [256, 256], "features": [32, 64],
+                "engines": {engine: {"seconds": s, "peak_mib": 100.0} for engine, s in seconds.items()},
+                "bytes": {"float32 ONNX": 400, "our ONNX": 100, "float32 IR": 400, "our IR": 104, "NNCF IR": 108},
+            }
+        ],
+    }  # fmt: skip
+    page = inference.markdown(document)
+    assert "| OpenVINO, ours | 200.0 | 5.00 | 1.25 | 100 |" in page
+    assert "our ONNX 0.250 of float32's, our IR's weights 0.260, NNCF's 0.270" in page
+
+
+def test_activation_layers_are_timed(inference: ModuleType) -> None:
+    pytest.importorskip("openvino")
+    rows = inference.activations(1)
+    assert len(rows) == 16 and all(row["microseconds"] > 0 for row in rows)
+    page = inference.markdown({"processor": "", "versions": {}, "networks": [], "activations": rows})
+    assert page.count("100×300") == 4
