@@ -231,8 +231,9 @@ def run(options: argparse.Namespace) -> None:
                     [*command, "prepare", "--out", str(folder), "--networks", name, "--norm", norm],
                     check=True,
                 )
-                found: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
-                turns = [(r, engine) for r in range(options.rounds) for engine in ENGINES]
+                engines = [engine for engine in ENGINES if "bf16" not in engine or has_bf16()]
+                found: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
+                turns = [(r, engine) for r in range(options.rounds) for engine in engines]
                 for _, engine in tqdm(turns, desc=f"{name}, {norm} norm", unit="run", disable=None):
                     printed = subprocess.run(
                         [*command, "measure", "--out", str(folder), "--networks", name, "--norm", norm, "--engine", engine],
@@ -260,6 +261,12 @@ def run(options: argparse.Namespace) -> None:
     file = options.out / "activations.json"
     if not file.exists():
         write_json(file, {"rows": activations(300)})
+
+
+def has_bf16() -> bool:
+    """Whether the processor has instructions for bf16; without them it is only slow, and is left out."""
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    return any(kind in flags for kind in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _size(folder: Path, pattern: str) -> int:

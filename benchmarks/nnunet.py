@@ -526,7 +526,9 @@ def checks(study: Study, row: Row) -> list[dict[str, Any]]:
         try:
             answer = step()
         except RuntimeError as error:
-            answer = f"failed: {str(error).strip().splitlines()[-1]}"
+            # The page is for others: without where the study lies.
+            said = str(error).strip().splitlines()[-1].replace(f"{study.base.resolve()}/", "")
+            answer = f"failed: {said}"
         done.append(
             {
                 "check": what,
