@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -526,9 +527,7 @@ def checks(study: Study, row: Row) -> list[dict[str, Any]]:
         try:
             answer = step()
         except RuntimeError as error:
-            # The page is for others: without where the study lies.
-            said = str(error).strip().splitlines()[-1].replace(f"{study.base.resolve()}/", "")
-            answer = f"failed: {said}"
+            answer = f"failed: {str(error).strip().splitlines()[-1]}".replace(f"{study.base}{os.sep}", "")
         done.append(
             {
                 "check": what,
@@ -599,6 +598,11 @@ def shown(values: Sequence[float], sign: str = "") -> str:
     return f"{mean:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
 
 
+def foreground(row: Mapping[str, Any]) -> list[str]:
+    """nnU-Net's foreground classes of a row; membranes are EM's background."""
+    return [name for name in row["dice"] if name != "membranes"]
+
+
 def table(document: Mapping[str, Any]) -> list[str]:
     """The lines of one data set's table."""
     rows = {row["row"]: row for row in document["rows"]}
@@ -609,8 +613,8 @@ def table(document: Mapping[str, Any]) -> list[str]:
     lines = [
         "| row | " + " | ".join(f"{name}, Dice" for name in names) + " | "
         + " | ".join(f"{name}, change to float" for name in names)
-        + " | packed [KiB] | of float | steps | epochs [s] | command [s] |",
-        "|---|" + "---:|" * (2 * len(names) + 5),
+        + " | mean, change to the control | packed [KiB] | of float | steps | epochs [s] | command [s] |",
+        "|---|" + "---:|" * (2 * len(names) + 6),
     ]  # fmt: skip
     for row in ROWS:
         if row.name not in rows:
@@ -618,9 +622,12 @@ def table(document: Mapping[str, Any]) -> list[str]:
         found = rows[row.name]
         cells = [shown(list(found["dice"][name].values())) for name in names]
         cells += ["" if row.name == FLOAT else shown(changes(found, reference, name), "+") for name in names]
+        compared = row.widths and CONTROL in rows
+        cells += [shown(mean_changes(found, rows[CONTROL], foreground(found)), "+") if compared else ""]
+        whole = found["command_seconds"]
         cells += [
             f"{found['bytes'] / 1024:.0f}", f"1/{reference['bytes'] / found['bytes']:.1f}" if row.widths else "1",
-            str(found["steps"]), f"{found['epoch_seconds']:.0f}", f"{found['command_seconds']:.0f}",
+            str(found["steps"]), f"{found['epoch_seconds']:.0f}", "–" if whole is None else f"{whole:.0f}",
         ]  # fmt: skip
         lines.append(f"| {row.name} | {' | '.join(cells)} |")
     return lines
@@ -632,19 +639,27 @@ def verdict(document: Mapping[str, Any]) -> str:
     name, limit = TARGET
     if name not in rows or FLOAT not in rows:
         return ""
-    names = [label for label in rows[FLOAT]["dice"] if label != "membranes"]  # nnU-Net's foreground
-    values = mean_changes(rows[name], rows[FLOAT], names)
-    mean, low, _ = bootstrap(values)
-    if mean < limit:
-        reached = "not reached"
-    else:
-        reached = (
-            "reached" if low >= limit else "reached by the mean, its interval does not exclude a larger loss"
-        )
-    text = f"Target, {name} within {-limit} Dice of float (mean of nnU-Net's foreground classes): {shown(values, '+')}, {reached}."
-    if CONTROL in rows:
-        text += f" Of the control: {shown(mean_changes(rows[name], rows[CONTROL], names), '+')}."
-    return text
+    lines = []
+    for other in (FLOAT, CONTROL):
+        if other in rows:
+            values = mean_changes(rows[name], rows[other], foreground(rows[name]))
+            mean, low, _ = bootstrap(values)
+            reached = "not reached" if mean < limit else "reached"
+            if mean >= limit > low:
+                reached += " by the mean; the interval does not exclude a larger loss"
+            lines.append(f"{shown(values, '+')} to {other!r}: {reached}.")
+    return f"Target, {name} within {-limit} Dice (mean of nnU-Net's foreground classes): {' '.join(lines)}"
+
+
+def contest(document: Mapping[str, Any]) -> str:
+    """SS-QAT less plain QAT at the same widths, in a sentence; empty where a width has not both."""
+    rows = {row["row"]: row for row in document["rows"]}
+    lines = []
+    for widths in WIDTHS:
+        mine, control = (rows.get(f"{name} {widths}") for name in TRAINERS)
+        if mine is not None and control is not None:
+            lines.append(f"{widths} {shown(mean_changes(mine, control, foreground(mine)), '+')}")
+    return f"SS-QAT less QAT (mean of nnU-Net's foreground classes): {', '.join(lines)}." if lines else ""
 
 
 def conditions(document: Mapping[str, Any]) -> str:
@@ -669,8 +684,8 @@ def markdown(documents: Mapping[str, Any]) -> str:
             continue
         document = documents["datasets"][kind]
         lines += ["", f"## {titles[kind]}", "", *table(document), "", conditions(document)]
-        said = verdict(document)
-        lines += ["", said] if said else []
+        for said in (verdict(document), contest(document)):
+            lines += ["", said] if said else []
         if document["checks"]:
             lines += ["", "| nnU-Net's other commands, on SS-QAT W4A6 | outcome | s |", "|---|---|---:|"]
             lines += [f"| {c['check']} | {c['outcome']} | {c['seconds']:.0f} |" for c in document["checks"]]
@@ -743,7 +758,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out: Path = options.out.resolve()
     file = out / "nnunet.json"
     documents: dict[str, Any] = (
-        json.loads(file.read_text()) if file.is_file() else {"versions": versions(), "datasets": {}}
+        json.loads(file.read_text())
+        if file.is_file()
+        else {"versions": {**versions(), "nnunetv2": version("nnunetv2")}, "datasets": {}}
     )
     if options.data is not None:
         for kind in options.datasets:

@@ -62,16 +62,24 @@ def test_changes_are_paired_by_case(study: ModuleType) -> None:
 def test_a_table_has_change_size_and_steps(study: ModuleType) -> None:
     rows = [
         row("float", {"a": 90.0, "b": 80.0}, {"a": 70.0, "b": 60.0}, widths="", steps=100),
+        row("float, trained on", {"a": 90.5, "b": 80.5}, {"a": 70.0, "b": 60.0}, widths=""),
         row("SS-QAT W4A6", {"a": 89.0, "b": 79.0}, {"a": 70.0, "b": 60.0}, widths="W4A6", bytes=1024),
     ]
     lines = study.table({"rows": rows})
-    assert lines[2].startswith("| float | 85.00 [80.00, 90.00] | 65.00 [60.00, 70.00] |  |  | 4 | 1 | 100 |")
-    assert lines[3].startswith(
+    assert lines[2].startswith(
+        "| float | 85.00 [80.00, 90.00] | 65.00 [60.00, 70.00] |  |  |  | 4 | 1 | 100 |"
+    )
+    assert lines[4].startswith(
         "| SS-QAT W4A6 | 84.00 [79.00, 89.00] | 65.00 [60.00, 70.00] | -1.00 [-1.00, -1.00] | "
     )
-    assert lines[3].endswith(" +0.00 [+0.00, +0.00] | 1 | 1/4.0 | 40 | 10 | 20 |")
-    assert study.verdict({"rows": rows}).endswith("-0.50 [-0.50, -0.50], reached.")
-    assert study.verdict({"rows": rows[:1]}) == ""
+    assert lines[4].endswith(" +0.00 [+0.00, +0.00] | -0.75 [-0.75, -0.75] | 1 | 1/4.0 | 40 | 10 | 20 |")
+    assert {len(line.split(" | ")) for line in lines if not line.startswith("|---")} == {11}
+    said = study.verdict({"rows": rows})
+    assert "-0.50 [-0.50, -0.50] to 'float': reached." in said
+    assert said.endswith("-0.75 [-0.75, -0.75] to 'float, trained on': not reached.")
+    assert study.verdict({"rows": rows[:1]}) == "" and study.contest({"rows": rows}) == ""
+    plain = row("QAT W4A6", {"a": 90.0, "b": 80.0}, {"a": 70.0, "b": 60.0}, widths="W4A6")
+    assert study.contest({"rows": [*rows, plain]}).endswith("W4A6 -0.50 [-0.50, -0.50].")
 
 
 def test_dice_is_read_from_nnunets_summary(study: ModuleType) -> None:
