@@ -388,14 +388,32 @@ def _line(result: Mapping[str, Any]) -> str:
     return ", ".join(f"{engine} {_cell(result[engine])}" for engine in ENGINES)
 
 
+def _short(found: Mapping[str, Any]) -> dict[str, Any]:
+    """One engine's result without what says nothing: differences that are 0, empty notes, digits beyond the sixth."""
+    if found.get("equal"):
+        return {
+            key: value
+            for key, value in found.items()
+            if key in ("equal", "int8_macs") or (key == "notes" and value)
+        }
+    return {
+        key: round(value, 6) if isinstance(value, float) else value for key, value in found.items() if value not in ({}, [])
+    }  # fmt: skip
+
+
 def collected(out: Path) -> dict[str, Any]:
     """Everything that is there, as one document."""
+
+    def read(file: Path) -> dict[str, Any]:
+        case = json.loads(file.read_text(encoding="utf-8"))
+        return {key: _short(value) if key in ENGINES else value for key, value in case.items()}
+
     files = [file for file in sorted(out.glob("*.json")) if file.name != "exports.json"]
     return {
         "versions": versions("onnx", "onnxruntime", "openvino", "qonnx"),
         "processor": _processor(),
         "steps": STEPS,
-        "cases": [json.loads(file.read_text(encoding="utf-8")) for file in files],
+        "cases": [read(file) for file in files],
     }
 
 
