@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -226,7 +228,8 @@ def _nnunet(folder: Path, options: argparse.Namespace) -> tuple[nn.Module, Tenso
     from ..surgery.quantize import quantized_layers
 
     folds = None if options.fold is None else [options.fold]
-    trained = TrainedFolder(folder, folds=folds, mirroring=False)
+    with redirect_stdout(sys.stderr):  # nnU-Net says which trainer it found
+        trained = TrainedFolder(folder, folds=folds, mirroring=False)
     network = trained.network
     if not quantized_layers(network):
         raise ValueError(f"{folder}: its network is not quantized; train with -tr nnUNetTrainerSSQAT")
