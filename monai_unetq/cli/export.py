@@ -97,6 +97,7 @@ def add_verify_command(commands: Any, command: Callable[..., argparse.ArgumentPa
 
 def _export(options: argparse.Namespace) -> None:
     from ..deploy import export
+    from ..runtime.engine import ENGINES
 
     network, example, preprocessing = _trained(options)
     document = export(
@@ -110,7 +111,10 @@ def _export(options: argparse.Namespace) -> None:
         print(f"{(options.out / name).stat().st_size:>12,} bytes  {name}")
     for layer, note in document["notes"].items():
         print(f"{layer}: {note}")
-    print(f"\nnext: unetq verify {options.out}")
+    if options.to in ENGINES:
+        print(f"\nnext: unetq verify {options.out}")
+    else:
+        print(f"\nnext: monai_unetq.unpack('{options.out / 'model.unetq'}', network)")
 
 
 def _trained(options: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Any]]:

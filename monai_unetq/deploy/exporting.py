@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import write_json
+from ..runtime.engine import EXPORT_VERSION
 from ..surgery import fold
 from .packed import installed_version, pack
 from .qdq import Store, to_qdq
@@ -34,7 +35,6 @@ ExportTarget = Literal["onnx", "openvino", "qonnx", "integer", "packed"]
 TARGETS: tuple[ExportTarget, ...] = get_args(ExportTarget)
 Profile = Literal["onnxruntime", "tensorrt"]
 
-EXPORT_VERSION = 1
 ENGINES = ("monai-unetq", "torch", "onnx", "onnxruntime", "openvino", "qonnx")
 """Packages whose versions are kept."""
 

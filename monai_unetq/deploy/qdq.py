@@ -28,6 +28,8 @@ _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _INT8 = (-128, 127)
 _INT4 = (-8, 7)
 _LARGEST = 3e38
+"""About float32's largest number."""
+
 _EXACT = 1 << 24
 """Integers below are exact in float32."""
 
@@ -105,17 +107,16 @@ class _Lowering:
         layer = attribute(node, "layer")
         assert source is not None
         output = node.outputs[0]
-        if kind == "literal" or (kind == "binary" and qmin < 0) or not -128 <= qmin <= qmax <= 255:
+        held = (qmin >= 0 and qmax <= 255) or (_INT8[0] <= qmin and qmax <= _INT8[1])
+        if kind == "literal" or (kind == "binary" and qmin < 0) or not held:
             self._emulate(node, source, scale, qmin, qmax, kind, layer)
             return
         signed = qmin < 0
-        beside = _beside(node)
         # OpenVINO convolves int8 activations wrongly where there is no VNNI, and transposed ones with a zero point in float.
         offset = (
-            self.target != "tensorrt"
-            and qmax <= _INT8[1]
-            and any(attribute(quant, "qmin") < 0 for quant in beside)
-            and not all(_feeds_transposed_only(quant) for quant in beside)
+            signed
+            and self.target != "tensorrt"
+            and not all(_feeds_transposed_only(quant) for quant in _beside(node))
         )
         if self.target == "tensorrt" and not signed:
             if qmax > _INT8[1]:
@@ -124,17 +125,9 @@ class _Lowering:
                     "quantize activations to uint7 or less, or to int8"
                 )
             signed = True
-        zero_point = 0
-        dtype: np.dtype[Any] = np.dtype(np.uint8)
-        if offset:
-            (low, high), zero_point = _INT8, 128
-        elif not signed and not (qmax <= _INT8[1] and any(attribute(quant, "qmin") < 0 for quant in beside)):
-            low, high = 0, 255
-        elif qmax <= _INT8[1]:
-            (low, high), dtype = _INT8, np.dtype(np.int8)
-        else:
-            self._emulate(node, source, scale, qmin, qmax, kind, layer)
-            return
+        zero_point = 128 if offset else 0
+        dtype = np.dtype(np.int8 if signed and not offset else np.uint8)
+        low, high = _INT8 if signed else (0, 255)
         if (qmin, qmax) != (low, high):
             source = self._clipped(node, source, qmin * scale, qmax * scale)
         codes = self._add(
@@ -206,26 +199,24 @@ class _Lowering:
     # Weights
 
     def _weight(self, node: ir.Node) -> None:
-        """Replace a ``Weight`` by int8 constants where the layer takes one part, or all parts have one scale."""
+        """Replace the ``Weight`` of a layer with one part; those of split layers go with their concatenation."""
         layer = self.layers[attribute(node, "layer")]
         readers = [use.node for use in node.outputs[0].uses()]
         if len(layer.weights) == 1:
             (weight,) = layer.weights.values()
-            self._place(node, layer, weight.codes, weight.scale)
+            placed = self._integers(node, layer, weight.codes, weight.scale)
+            if placed is None:
+                low, high = int(weight.codes.min()), int(weight.codes.max())
+                self._float_weight(
+                    node, layer, f"codes {low} to {high} and their scales do not fit int8 constants"
+                )
+            else:
+                node.outputs[0].replace_all_uses_with(placed)
             self._round_biases(readers, layer, weight.scale)
-        elif all(is_split(reader) for reader in readers):
+        elif all(_reads_concatenation(reader) for reader in readers):
             return  # with its concatenation
         else:
             self._float_weight(node, layer, "the parts of its input are not concatenated in front of it")
-
-    def _place(self, node: ir.Node, layer: TracedLayer, codes: np.ndarray, scale: np.ndarray) -> None:
-        """Put integer constants and their DequantizeLinear where a ``Weight`` is."""
-        weight = self._integers(node, layer, codes, scale)
-        if weight is None:
-            low, high = int(codes.min()), int(codes.max())
-            self._float_weight(node, layer, f"weight codes {low} to {high} are wider than 8 bits")
-        else:
-            node.outputs[0].replace_all_uses_with(weight)
 
     def _integers(
         self, node: ir.Node, layer: TracedLayer, codes: np.ndarray, scale: np.ndarray
@@ -342,7 +333,7 @@ class _Lowering:
             activation = self.activations.get(source) if source is not None else None
             step = scale if activation is None else scale * np.float32(activation.scale)
             bias = constant(conv.inputs[2])
-            if bias is None or step.dtype != np.float32:
+            if bias is None:
                 continue
             codes = np.rint(bias.astype(np.float64) / step)
             if np.abs(codes).max(initial=0) >= _EXACT or not np.array_equal(
@@ -402,7 +393,7 @@ def _feeds_transposed_only(quant: ir.Node) -> bool:
     return bool(readers) and all(node.op_type == "ConvTranspose" for node in readers)
 
 
-def is_split(node: ir.Node) -> bool:
+def _reads_concatenation(node: ir.Node) -> bool:
     """Whether a node reads a concatenation."""
     source = node.inputs[0] if node.inputs else None
     producer = None if source is None else source.producer()

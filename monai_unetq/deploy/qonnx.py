@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from .lowering import Lowered, add_initializer, finished
@@ -135,16 +134,3 @@ def _bipolar(graph: ir.Graph, before: ir.Node, source: ir.Value, scale: np.ndarr
 
 def _initializer(graph: ir.Graph, array: Any, name: str) -> ir.Value:
     return add_initializer(graph, ir.tensor(np.asarray(array)), name)
-
-
-def check_with_qonnx(model: onnx.ModelProto, image: np.ndarray) -> np.ndarray:
-    """Logits as the ``qonnx`` package computes them, node by node.
-
-    Raises:
-        ImportError: without ``qonnx``.
-    """
-    from qonnx.core.modelwrapper import ModelWrapper
-    from qonnx.core.onnx_exec import execute_onnx
-
-    found: np.ndarray = execute_onnx(ModelWrapper(model), {"image": image})["logits"]
-    return found

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Engine", "load", "read_export"]
+__all__ = ["ENGINES", "EXPORT_VERSION", "Engine", "load", "read_export"]
 
 EXPORT_VERSION = 1
+"""Of ``export.json``."""
 
 Engine = Callable[[np.ndarray], np.ndarray]
 """An image, float32 (N, C, spatial…), to logits, float32 (N, classes, spatial…)."""
@@ -69,19 +70,16 @@ def load(folder: str | Path) -> Engine:
     """
     folder = Path(folder)
     target = read_export(folder)["target"]
-    engines = {"onnx": _onnx_runtime, "openvino": _openvino, "integer": _integer}
-    if target not in engines:
-        raise ValueError(
-            f"{folder}: was exported for '{target}', which {_ELSEWHERE.get(target, 'this program does not know')}; "
-            f"expected one of {', '.join(engines)}"
+    if target not in ENGINES:
+        why = (
+            "needs the network's own code (monai_unetq.unpack)"
+            if target == "packed"
+            else "this program does not know"
         )
-    return engines[target](folder)
-
-
-_ELSEWHERE = {
-    "qonnx": "FINN, hls4ml and the qonnx package run",
-    "packed": "needs the network's own code (monai_unetq.unpack)",
-}
+        raise ValueError(
+            f"{folder}: was exported for '{target}', which {why}; expected one of {', '.join(ENGINES)}"
+        )
+    return ENGINES[target](folder)
 
 
 def _onnx_runtime(folder: Path) -> Engine:
@@ -131,3 +129,27 @@ def _integer(folder: Path) -> Engine:
         return np.asarray(np.ldexp(codes.astype(np.float64), -column), dtype=np.float32)
 
     return run
+
+
+def _qonnx(folder: Path) -> Engine:
+    try:
+        from qonnx.core.modelwrapper import ModelWrapper
+        from qonnx.core.onnx_exec import execute_onnx
+    except ImportError as error:
+        raise ImportError(f"{folder}: needs the qonnx package: pip install qonnx ({error})") from None
+    model = ModelWrapper(str(folder / "model.onnx"))
+
+    def run(image: np.ndarray) -> np.ndarray:
+        logits: np.ndarray = execute_onnx(model, {"image": image})["logits"]
+        return logits
+
+    return run
+
+
+ENGINES: dict[str, Callable[[Path], Engine]] = {
+    "onnx": _onnx_runtime,
+    "openvino": _openvino,
+    "qonnx": _qonnx,
+    "integer": _integer,
+}
+"""Target of an export → what makes its engine. A packed file has none: it holds no network."""

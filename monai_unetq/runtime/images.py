@@ -13,6 +13,9 @@ from .verify import labels
 
 __all__ = ["read_image", "run_images"]
 
+_DIVISOR = 32
+"""Of an image's sizes, for five levels."""
+
 _ENDINGS = (".png", ".nii", ".nii.gz", ".mha", ".nrrd", ".npy")
 
 
@@ -46,8 +49,8 @@ def read_image(file: Path, dimensions: int) -> np.ndarray:
     raise ValueError(f"{file}: has {found.ndim} dimensions, expected {dimensions}")
 
 
-def run_images(folder: Path, data: Path, divisor: int = 32) -> list[dict[str, Any]]:
-    """Run an export on every image of a folder, edges padded to a multiple of ``divisor`` and cut off again.
+def run_images(folder: Path, data: Path) -> list[dict[str, Any]]:
+    """Run an export on every image of a folder, edges padded to a multiple of 32 and cut off again.
 
     Returns:
         for each: its name, seconds, and the share of each label.
@@ -66,7 +69,7 @@ def run_images(folder: Path, data: Path, divisor: int = 32) -> list[dict[str, An
     found = []
     for file in files:
         image = read_image(file, len(shape) - 2)
-        margins = [(0, 0), (0, 0), *((0, -size % divisor) for size in image.shape[2:])]
+        margins = [(0, 0), (0, 0), *((0, -size % _DIVISOR) for size in image.shape[2:])]
         begin = time.perf_counter()
         logits = np.concatenate([engine(one[None]) for one in np.pad(image, margins, mode="edge")])
         seconds = time.perf_counter() - begin

@@ -28,6 +28,7 @@ from monai.bundle import (
 from PIL import Image
 
 from monai_unetq import inspect_packed
+from monai_unetq.cli import main
 from monai_unetq.datasets import data_list, prepare, write_phantom
 from monai_unetq.datasets.phantoms import abdomen_phantom, cord_phantom, membrane_phantom
 from monai_unetq.networks import FixedPointUNet, QuantizedNetwork
@@ -229,6 +230,34 @@ def test_inference_keeps_the_geometry_of_the_image(prepared: Prepared, float_run
         assert found.shape == expected.shape  # type: ignore[attr-defined]
         np.testing.assert_allclose(found.affine, expected.affine, atol=1e-4)  # type: ignore[attr-defined]
         assert set(np.unique(read(file))) <= {0, 1}
+
+
+@pytest.mark.parametrize("prepared", ["em"], indirect=True)
+def test_inference_runs_an_exported_model(prepared: Prepared, fixed_run: Path) -> None:
+    exported, by_network, by_export = (prepared.work / name for name in ("exported", "seg-net", "seg-onnx"))
+    model = fixed_run / "model.unetq"
+    command = [
+        "export",
+        prepared.bundle,
+        "--to",
+        "onnx",
+        "--out",
+        exported,
+        "--set",
+        f"width={SMALL['width']}",
+    ]
+    assert main([*map(str, command), "--set", f"model={model}"]) == 0
+    run(
+        config_file=prepared.config("inference"),
+        **prepared.keys(model=str(model), output_dir=str(by_network)),
+    )
+    keys = prepared.keys(
+        exported=str(exported), model=str(prepared.work / "none.pt"), output_dir=str(by_export)
+    )
+    run(config_file=prepared.config("inference"), **keys)
+    names = sorted(str(file.relative_to(by_network)) for file in by_network.rglob("*.png"))
+    assert names and names == sorted(str(file.relative_to(by_export)) for file in by_export.rglob("*.png"))
+    assert all((by_network / name).read_bytes() == (by_export / name).read_bytes() for name in names)
 
 
 def test_inference_without_weights_says_what_to_do(prepared: Prepared) -> None:

@@ -12,11 +12,13 @@ import torch
 from qonnx.core.modelwrapper import ModelWrapper
 from qonnx.core.onnx_exec import execute_onnx
 from qonnx.util.cleanup import cleanup_model
+from torch import nn
 
+import monai_unetq as uq
 from monai_unetq.deploy.integer import lower, write
 from monai_unetq.deploy.openvino import executions
 from monai_unetq.deploy.qdq import to_qdq
-from monai_unetq.deploy.qonnx import to_qonnx
+from monai_unetq.deploy.qonnx import quant_attributes, to_qonnx
 from monai_unetq.deploy.trace import trace
 from monai_unetq.runtime.integer import load
 from monai_unetq.runtime.verify import labels
@@ -41,8 +43,7 @@ def by_onnxruntime(model: onnx.ModelProto, image: np.ndarray, optimized: bool = 
 def close(found: np.ndarray, expected: np.ndarray, name: str) -> bool:
     if name not in FLOAT_NORMS:
         return np.array_equal(found, expected)
-    # Random weights enlarge a last bit from norm to norm; docs/results/exports.md has the numbers of trained ones.
-    return float(np.corrcoef(found.ravel(), expected.ravel())[0, 1]) > 0.95
+    return float(np.abs(found - expected).mean()) < 0.01 * float(np.abs(expected).max())
 
 
 @EVERY
@@ -63,9 +64,15 @@ def test_openvino(name: str) -> None:
     core = openvino.Core()
     model = core.read_model(to_qdq(case.trace, target="openvino").model.SerializeToString())
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    assert close(np.array(compiled(case.image.numpy())[0]), case.logits.numpy(), name)
-    found = executions(compiled)
-    assert found and all(one.is_int8 for one in found if one.kind == "Convolution")
+    found, expected = np.array(compiled(case.image.numpy())[0]), case.logits.numpy()
+    if name in FLOAT_NORMS:
+        # Its norms differ in the last bits, and one norm after another of random weights enlarges that (1.3 % of the
+        # largest logit on average); docs/results/exports.md has the numbers of trained networks.
+        assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.95
+    else:
+        assert np.array_equal(found, expected)
+    convolutions = [one for one in executions(compiled) if one.kind == "Convolution"]
+    assert convolutions and all(one.is_int8 for one in convolutions)
 
 
 @EVERY
@@ -152,3 +159,87 @@ def test_four_bit_weights_in_half_the_bytes() -> None:
     assert half.notes and all("float" in note for note in half.notes.values())
     found = by_onnxruntime(half.model, case.image.numpy())
     assert np.array_equal(found, case.logits.numpy())
+
+
+def test_openvino_on_seven_bit_weights_and_macs_by_hand() -> None:
+    openvino = pytest.importorskip("openvino")
+    network = quantized(NETWORKS["nnunet plain"].build, (1, 1, 32, 32), False, "int7", "int8", "int7")
+    image = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(3))
+    model = openvino.Core().read_model(
+        to_qdq(trace(network, image, dynamic=False), target="openvino").model.SerializeToString()
+    )
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    with torch.no_grad():
+        assert np.array_equal(np.array(compiled(image.numpy())[0]), network(image).numpy())
+    # 1→4 at 32², 4→8 at 16², 8→4 transposed 2×2 to 32², 8→4 and 4→2 (1×1) at 32²
+    by_hand = sorted([9 * 4 * 32**2, 9 * 4 * 8 * 16**2, 4 * 8 * 4 * 16**2, 9 * 8 * 4 * 32**2, 4 * 2 * 32**2])
+    assert sorted(one.macs for one in executions(compiled)) == by_hand
+
+
+def rounded_as(formats: str) -> tuple[nn.Module, torch.Tensor]:
+    """One convolution with its input in a format."""
+    torch.manual_seed(0)
+    network, image = nn.Sequential(nn.Conv2d(2, 3, 3)), torch.randn(1, 2, 9, 9)
+    uq.quantize(network, uq.QuantPlan.uniform(network, weights="int4", activations=formats), image)
+    return uq.calibrate(network, [image]), image
+
+
+@pytest.mark.parametrize(
+    ("formats", "note"), [("int12", "codes -2048 to 2047 is rounded in float"), ("binary", "-1 to 1")]
+)
+def test_formats_that_eight_bits_do_not_hold_are_rounded_in_float(formats: str, note: str) -> None:
+    network, image = rounded_as(formats)
+    lowered = to_qdq(trace(network, image, dynamic=False))
+    assert note in lowered.notes["0"]
+    with torch.no_grad():
+        assert np.array_equal(by_onnxruntime(lowered.model, image.numpy()), network(image).numpy())
+
+
+def test_the_literal_formula_on_an_input_is_refused() -> None:
+    traced_ = trace(*rounded_as("Q2.4:literal"), dynamic=False)
+    for lowering in (to_qdq, to_qonnx):
+        with pytest.raises(ValueError, match="layer '0': "):
+            lowering(traced_)
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [((-8, 7), (4, 1, 0)), ((0, 15), (4, 0, 0)), ((-1, 1), (2, 1, 1)), ((0, 2), (2, 0, 1)), ((0, 1), (1, 0, 0)), ((-7, 7), (4, 1, 1))],
+)  # fmt: skip
+def test_bits_signed_and_narrow_of_codes(codes: tuple[int, int], expected: tuple[int, int, int]) -> None:
+    bits, attributes = quant_attributes(*codes) or (0, {})
+    assert (bits, attributes["signed"], attributes["narrow"]) == expected
+
+
+def test_codes_without_a_quant() -> None:
+    assert quant_attributes(-5, 9) is None
+
+
+class Skip(nn.Module):
+    """A skip and a signed upsampled part, concatenated after padding by nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.down = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2, padding=1)
+        self.up, self.last = nn.ConvTranspose2d(4, 4, 2, 2), nn.Conv2d(8, 2, 3, padding=1)
+        self.enter_act, self.down_act = nn.ReLU(), nn.ReLU()
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        skip = self.enter_act(self.enter(image))
+        up = nn.functional.pad(self.up(self.down_act(self.down(skip))), (0, 0, 0, 0))
+        out: torch.Tensor = self.last(torch.cat([skip, up], 1))
+        return out
+
+
+def test_signed_parts_are_stored_as_uint8_with_a_zero_point() -> None:
+    image = torch.rand(1, 1, 16, 16)
+    network = quantized(Skip, (1, 1, 16, 16), True)
+    model = to_qdq(trace(network, image, dynamic=False)).model
+    constants = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    makers = {output: node for node in model.graph.node for output in node.output}
+    (joined,) = (node for node in model.graph.node if node.op_type == "Concat")
+    zeros = [constants[makers[name].input[2]] for name in joined.input]
+    assert [(zero.dtype, int(zero)) for zero in zeros] == [(np.dtype(np.uint8), 128)] * 2
+    assert all(node.op_type != "Pad" for node in model.graph.node)
+    with torch.no_grad():
+        assert np.array_equal(by_onnxruntime(model, image.numpy()), network(image).numpy())

@@ -15,6 +15,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import nn
 
+from monai_unetq.cli import main
 from monai_unetq.nnunet import inference
 from monai_unetq.nnunet.inference import TrainedFolder, case_name, cases, write_bundle
 from monai_unetq.nnunet.trainer import nnUNetTrainerQAT
@@ -63,6 +64,35 @@ def test_the_module_predicts_what_nnunet_does(
     assert np.array_equal(found[0, 0].numpy(), expected.T)
     assert len({*np.unique(expected)}) > 1
     assert any("format_code" in key for key in module.state_dict())
+
+
+def test_a_fold_is_exported_with_a_real_image(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = SimpleITK.GetImageFromArray(
+        np.random.default_rng(0).normal(60, 30, (10, 18, 24)).astype(np.float32)
+    )
+    SimpleITK.WriteImage(image, str(tmp_path / "one_0000.nii.gz"))
+    out = tmp_path / "out"
+    command = [
+        "export",
+        folder,
+        "--to",
+        "onnx",
+        "--out",
+        out,
+        "--image",
+        tmp_path / "one_0000.nii.gz",
+        "--json",
+    ]
+    capsys.readouterr()
+    assert main([*map(str, command)]) == 0
+    document = json.loads(capsys.readouterr().out)  # nothing of nnU-Net's in between
+    plans = json.loads((folder / "plans.json").read_text())
+    assert document["image"] == [1, 1, *plans["configurations"]["3d_fullres"]["patch_size"]]
+    assert document["preprocessing"]["normalization_schemes"] == ["ZScoreNormalization"]
+    assert document["preprocessing"]["nnunet_configuration"] == "3d_fullres"
+    assert main(["verify", str(out)]) == 0
 
 
 def test_a_bundle_holds_folds_plans_and_valid_metadata(folder: Path, tmp_path: Path) -> None:

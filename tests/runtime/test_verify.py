@@ -37,7 +37,7 @@ def copied(exported: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported["onnx"], tmp_path / "onnx"))
 
 
-@pytest.mark.parametrize("target", ["onnx", "openvino", "integer"])
+@pytest.mark.parametrize("target", ["onnx", "openvino", "qonnx", "integer"])
 def test_an_export_as_written_passes(target: str, exported: dict[str, Path]) -> None:
     found = verify(exported[target])
     assert found.passed and found.equal and found.labels_differ == 0 and found.target == target
@@ -102,8 +102,10 @@ def test_a_newer_version_and_a_path_outside_are_refused(copied: Path) -> None:
 
 
 def test_what_has_no_engine_here_says_where_it_runs(exported: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="FINN, hls4ml"):
-        load(exported["qonnx"])
+    case = traced("nnunet plain")
+    uq.export(case.network, case.image, "packed", tmp_path / "packed")
+    with pytest.raises(ValueError, match=r"needs the network's own code \(monai_unetq\.unpack\)"):
+        load(tmp_path / "packed")
     with pytest.raises(FileNotFoundError, match=r"export\.json: no such file"):
         verify(tmp_path)
 
