@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from ..runtime.engine import load
@@ -34,9 +35,11 @@ class ExportedNetwork(nn.Module):
         self.folder = Path(folder)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits (N, classes, spatial…) of an image (N, C, spatial…), on the image's device, in float32."""
+        """Logits (N, classes, spatial…) of an image (N, C, spatial…), on the image's device, in float32; a MetaTensor of one."""
         array = np.ascontiguousarray(image.detach().cpu().numpy(), dtype=np.float32)
-        return torch.from_numpy(np.ascontiguousarray(self._engine(array))).to(image.device)
+        logits = torch.from_numpy(np.ascontiguousarray(self._engine(array))).to(image.device)
+        # As a network of layers: the image's file name and affine go on to what saves the prediction.
+        return MetaTensor(logits).copy_meta_from(image) if isinstance(image, MetaTensor) else logits
 
     def extra_repr(self) -> str:
         """The folder."""

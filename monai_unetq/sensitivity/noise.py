@@ -46,7 +46,7 @@ def float_twin(network: nn.Module) -> nn.Module:
 
 
 def rounded_twin(network: nn.Module, bits: int, rounding: Rounding, images: Iterable[Any]) -> nn.Module:
-    """A copy with every layer at one width, calibrated."""
+    """A copy with every layer at one width, each tensor calibrated by itself."""
     twin = float_twin(network)
     images = list(images)
     example = image_of(images[0])[:1]
@@ -55,7 +55,7 @@ def rounded_twin(network: nn.Module, bits: int, rounding: Rounding, images: Iter
     )
     run = set(observe(twin, example).layers())  # heads of deep supervision often run in training only
     quantize(twin, replace(plan, layers={name: plan[name] for name in plan if name in run}), example)
-    return calibrate(twin, images)
+    return calibrate(twin, images, tied=False)
 
 
 @torch.no_grad()

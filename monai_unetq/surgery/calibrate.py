@@ -33,7 +33,9 @@ def image_of(batch: Any) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate(network: nn.Module, batches: Iterable[Any], method: RangeMethod = "mse") -> nn.Module:
+def calibrate(
+    network: nn.Module, batches: Iterable[Any], method: RangeMethod = "mse", *, tied: bool = True
+) -> nn.Module:
     """Fit a quantized network to its formats, in place, from a few batches of *training* data.
 
     Scales of ``intN`` activations and weights are set from the values seen; those of a split convolution's parts then meet
@@ -44,6 +46,7 @@ def calibrate(network: nn.Module, batches: Iterable[Any], method: RangeMethod = 
         network: quantized; its mode is kept.
         batches: tensors (N, C, …), or batches with the image first or under ``"image"``; at least one.
         method: ``"mse"`` least squared rounding error, ``"minmax"`` the whole range, ``"percentile"`` 99.9 %.
+        tied: whether power-of-two scales of parts meet; False measures each tensor's own rounding.
 
     Returns:
         the network.
@@ -94,7 +97,7 @@ def calibrate(network: nn.Module, batches: Iterable[Any], method: RangeMethod = 
         quantizer.set_scale(scale)
     for layer in layers.values():
         layer.calibrate_weight(method)
-        if all(quantizer.power_of_two for quantizer in layer.quantizers):
+        if tied and all(quantizer.power_of_two for quantizer in layer.quantizers):
             tie_layer(layer)
     quantizers = [quantizer for layer in layers.values() for quantizer in layer.quantizers]
     if any(quantizer.number_format.step is not None for quantizer in quantizers):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 from safetensors.numpy import load_file, save_file
 
 import monai_unetq as uq
@@ -141,4 +142,9 @@ def test_an_exported_network_is_a_module(exported: dict[str, Path]) -> None:
     case = traced("nnunet plain")
     network = uq.networks.ExportedNetwork(exported["openvino"])
     assert torch.equal(network(case.image), case.logits)
+    image = MetaTensor(case.image, affine=torch.diag(torch.tensor([2.0, 3.0, 1.0, 1.0])))
+    image.meta["filename_or_obj"] = "slice.png"
+    logits = network(image)
+    assert isinstance(logits, MetaTensor) and logits.meta["filename_or_obj"] == "slice.png"
+    assert torch.equal(logits.affine, image.affine)
     assert str(exported["openvino"]) in repr(network)
