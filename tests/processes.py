@@ -1,7 +1,8 @@
-"""Two processes that train together, each with its rank and a folder as arguments."""
+"""Processes beside that of the tests: two that train together, and a data loader's workers."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -10,7 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["run_two"]
+__all__ = ["run_two", "worker_processes"]
+
+
+def worker_processes() -> multiprocessing.context.BaseContext:
+    """For a data loader: workers forked from a process of their own, as this one has the threads of several engines."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "monai.data"])
+    return context
 
 
 def run_two(script: str, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

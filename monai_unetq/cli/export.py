@@ -38,6 +38,7 @@ _VERIFY_EXAMPLES = """\
 examples:
   unetq verify em-openvino                       files, then the golden image through the engine
   unetq verify em-onnx --data slices             and every image of a folder, with the time it takes
+  unetq verify em-onnx --data slices --against em-integer    and how far another export's results are from it
   unetq verify em-integer --json
 """
 
@@ -90,6 +91,9 @@ def add_verify_command(commands: Any, command: Callable[..., argparse.ArgumentPa
     parser.add_argument("folder", type=Path, metavar="DIR", help="written by unetq export")
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="images (PNG, NIfTI, MHA, NPY) to run besides"
+    )
+    parser.add_argument(
+        "--against", type=Path, metavar="DIR", help="another export of the same network, compared on --data"
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(run=_verify, after_interrupt="")
@@ -307,12 +311,14 @@ def _literal(text: str) -> Any:
 def _verify(options: argparse.Namespace) -> None:
     from ..runtime.verify import verify
 
+    if options.against is not None and options.data is None:
+        raise ValueError("--against compares two exports on images: give them with --data")
     found = verify(options.folder)
     document = {"folder": str(options.folder), **found.to_json()}
     if options.data is not None:
         from ..runtime.images import run_images
 
-        document["images"] = run_images(options.folder, options.data)
+        document["images"] = run_images(options.folder, options.data, options.against)
     if options.json:
         print(json.dumps(document, indent=1))
     else:
@@ -320,6 +326,8 @@ def _verify(options: argparse.Namespace) -> None:
         print(f"logits     {'equal, bit for bit' if found.equal else f'largest difference {found.largest:.3g} ({found.relative:.2%} of the largest)'}")  # fmt: skip
         print(f"labels     {found.labels_differ:.4%} of the voxels differ")
         for image in document.get("images", []):
-            print(f"{image['image']}  {image['seconds']:.2f} s  " + ", ".join(f"{k}: {v:.2%}" for k, v in image["labels"].items()))  # fmt: skip
+            shares = ", ".join(f"{k}: {v:.2%}" for k, v in image["labels"].items())
+            other = f"  differ: {image['labels_differ']:.4%}" if "labels_differ" in image else ""
+            print(f"{image['image']}  {image['seconds']:.2f} s  {shares}{other}")
     if not found.passed:
         raise ValueError(f"{options.folder}: does not compute what fake quantization does: {found.hint}")

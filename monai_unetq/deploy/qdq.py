@@ -78,6 +78,10 @@ class _Lowering:
 
     def run(self) -> Lowered:
         simplify(self.graph)
+        if self.target != "tensorrt":
+            for node in list(self.graph):
+                if is_quant(node) and attribute(node, "qmin") < 0:
+                    self._round_twice(node)
         for node in list(self.graph):
             if is_quant(node):
                 self._quantize(node)
@@ -100,6 +104,19 @@ class _Lowering:
 
     # Activations
 
+    def _round_twice(self, quant: ir.Node) -> None:
+        """Give transposed convolutions a rounding of their own where others read it too: each needs another type."""
+        uses = list(quant.outputs[0].uses())
+        transposed = [use for use in uses if _transposed_only(use.node)]
+        if transposed and len(transposed) < len(uses):
+            twin = ir.node(
+                quant.op_type, list(quant.inputs), attributes=quant.attributes, domain=quant.domain
+            )
+            twin.outputs[0].type, twin.outputs[0].shape = quant.outputs[0].type, quant.outputs[0].shape
+            self.graph.insert_after(quant, twin)
+            for use in transposed:
+                use.node.replace_input_with(use.idx, twin.outputs[0])
+
     def _quantize(self, node: ir.Node) -> None:
         """Replace a ``Quant``; remember its integers."""
         source, scale = node.inputs[0], float(constant(node.inputs[1]))  # type: ignore[arg-type]
@@ -116,7 +133,9 @@ class _Lowering:
         offset = (
             signed
             and self.target != "tensorrt"
-            and not all(_feeds_transposed_only(quant) for quant in _beside(node))
+            and not all(
+                _transposed_only(use.node) for quant in _beside(node) for use in quant.outputs[0].uses()
+            )
         )
         if self.target == "tensorrt" and not signed:
             if qmax > _INT8[1]:
@@ -383,14 +402,12 @@ def _beside(quant: ir.Node) -> list[ir.Node]:
     return found
 
 
-def _feeds_transposed_only(quant: ir.Node) -> bool:
-    """Whether only transposed convolutions read a rounded activation, alone or concatenated."""
-    readers = [use.node for use in quant.outputs[0].uses()]
-    for node in list(readers):
-        if node.op_type == "Concat":
-            readers.remove(node)
-            readers += [use.node for use in node.outputs[0].uses()]
-    return bool(readers) and all(node.op_type == "ConvTranspose" for node in readers)
+def _transposed_only(node: ir.Node) -> bool:
+    """Whether a node is a transposed convolution, or a concatenation that these alone read."""
+    if node.op_type != "Concat":
+        return bool(node.op_type == "ConvTranspose")
+    readers = [use.node for use in node.outputs[0].uses()]
+    return bool(readers) and all(reader.op_type == "ConvTranspose" for reader in readers)
 
 
 def _reads_concatenation(node: ir.Node) -> bool:

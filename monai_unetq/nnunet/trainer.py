@@ -176,6 +176,8 @@ class _QuantizingTrainer(nnUNetTrainer):
             self.plans_manager, self.configuration_manager, self.num_input_channels,
             self.label_manager.num_segmentation_heads, self.enable_deep_supervision,
         )  # fmt: skip
+        if self.request.budget:
+            self._try_budget()
         if self.request.supervision:
             try:
                 attach_supervision(
@@ -186,6 +188,17 @@ class _QuantizingTrainer(nnUNetTrainer):
                     f'{type(self).__name__}: {error}; train without heads: "supervision": 0 in the plans\' section '
                     f"'{SECTION}'"
                 ) from None
+
+    def _try_budget(self) -> None:
+        """Allocate the narrowest widths, on noise: whether a budget is in reach follows from the layers' sizes alone."""
+        network = self._float_network(None)
+        patch = self.configuration_manager.patch_size
+        noise = torch.randn(1, self.num_input_channels, *patch, device=self.device)
+        with without_deep_supervision(network):
+            if self.splits:
+                split(network, self._example())
+            narrowest = replace(self.request, metric="sqnr", choices=(min(self.request.choices),))
+            self._allocated(network, [{"image": noise}], narrowest)
 
     @property
     def core(self) -> nn.Module:
@@ -286,10 +299,16 @@ class _QuantizingTrainer(nnUNetTrainer):
             return request_plan(network, self.request, example, learned=True)
         # What was measured is used again for the same cases only: folds may have been drawn anew.
         measured = None if self.disable_checkpointing else self.folder / _digest(batches)
+        return self._allocated(network, batches, self.request, measured)
+
+    def _allocated(
+        self, network: nn.Module, batches: list[dict[str, Any]], request: Request, folder: Path | None = None
+    ) -> QuantPlan:
+        """The plan that keeps a request's budget, from sensitivities measured on batches."""
         return ssqat_plan(
-            network, self._full_resolution_loss(), batches, measured, budget=self.request.budget,
-            choices=self.request.choices, activations=self.request.activation_bits, metric=self.request.metric,
-            scale=self.request.scale, seed=SEED,
+            network, self._full_resolution_loss(), batches, folder, budget=request.budget,
+            choices=request.choices, activations=request.activation_bits, metric=request.metric,
+            scale=request.scale, seed=SEED,
         )  # fmt: skip
 
     def _train_quantized(self, network: nn.Module, weights: Mapping[str, Tensor] | None) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from .engine import load, read_export
+from .engine import Engine, load, read_export
 from .verify import labels
 
 __all__ = ["read_image", "run_images"]
@@ -49,15 +50,21 @@ def read_image(file: Path, dimensions: int) -> np.ndarray:
     raise ValueError(f"{file}: has {found.ndim} dimensions, expected {dimensions}")
 
 
-def run_images(folder: Path, data: Path) -> list[dict[str, Any]]:
+def run_images(folder: Path, data: Path, against: Path | None = None) -> list[dict[str, Any]]:
     """Run an export on every image of a folder, edges padded to a multiple of 32 and cut off again.
 
+    Args:
+        folder: an export.
+        data: images.
+        against: another export of the same network, which runs on the same images.
+
     Returns:
-        for each: its name, seconds, and the share of each label.
+        for each: its name, seconds, and the share of each label; beside another export the share of voxels whose label
+        differs, and the largest difference of a logit.
 
     Raises:
         FileNotFoundError: if there is no image.
-        ValueError: if one cannot be read, or the network does not take it.
+        ValueError: if one cannot be read, or a network does not take it.
     """
     shape = read_export(folder)["image"]
     files = sorted(file for file in data.glob("*") if file.name.lower().endswith(_ENDINGS))
@@ -65,18 +72,33 @@ def run_images(folder: Path, data: Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"{data}: found no image, expected {', '.join(_ENDINGS)}")
     if shape[1] != 1:
         raise ValueError(f"{folder}: takes images of {shape[1]} channels; --data reads those of one")
-    engine = load(folder)
+    engine, other = load(folder), None if against is None else load(against)
     found = []
-    for file in files:
+    for file in tqdm(files, desc=f"{folder.name}: images", unit="image", disable=None):
         image = read_image(file, len(shape) - 2)
-        margins = [(0, 0), (0, 0), *((0, -size % _DIVISOR) for size in image.shape[2:])]
         begin = time.perf_counter()
-        logits = np.concatenate([engine(one[None]) for one in np.pad(image, margins, mode="edge")])
+        logits = _logits(engine, image, f"{folder}: {file}")
         seconds = time.perf_counter() - begin
-        if not np.isfinite(logits).all():
-            raise ValueError(f"{folder}: returns NaN or infinity for {file}")
-        inside = (slice(None), slice(None), *(slice(size) for size in image.shape[2:]))
-        values, counts = np.unique(labels(logits[inside]), return_counts=True)
+        values, counts = np.unique(labels(logits), return_counts=True)
         shares = {str(v): float(c / counts.sum()) for v, c in zip(values, counts, strict=True)}
-        found.append({"image": file.name, "seconds": round(seconds, 3), "labels": shares})
+        result = {"image": file.name, "seconds": round(seconds, 3), "labels": shares}
+        if other is not None:
+            expected = _logits(other, image, f"{against}: {file}")
+            if expected.shape != logits.shape:
+                raise ValueError(
+                    f"{against}: returns logits of the shape {expected.shape} for {file}, {folder} of {logits.shape}: "
+                    "not the same network"
+                )
+            result["labels_differ"] = float(np.mean(labels(logits) != labels(expected)))
+            result["largest"] = float(np.abs(logits.astype(np.float64) - expected).max(initial=0))
+        found.append(result)
     return found
+
+
+def _logits(engine: Engine, image: np.ndarray, what: str) -> np.ndarray:
+    """Of each image of a batch, without the padding that the network needs."""
+    margins = [(0, 0), (0, 0), *((0, -size % _DIVISOR) for size in image.shape[2:])]
+    logits = np.concatenate([engine(one[None]) for one in np.pad(image, margins, mode="edge")])
+    if not np.isfinite(logits).all():
+        raise ValueError(f"{what}: the logits hold NaN or infinity")
+    return logits[(slice(None), slice(None), *(slice(size) for size in image.shape[2:]))]

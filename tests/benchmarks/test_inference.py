@@ -29,7 +29,7 @@ def test_the_committed_page_is_made_from_the_committed_json(inference: ModuleTyp
 def test_ratios(inference: ModuleType) -> None:
     seconds = {inference.REFERENCE: 1.0, inference.PEER: 0.25, "OpenVINO, ours": 0.2}
     document = {
-        "processor": "2 cores", "versions": {"openvino": "1"}, "activations": [],
+        "processor": "2 cores", "versions": {"openvino": "1"}, "activations": {"rows": [], "networks": []},
         "networks": [
             {
                 "network": "2d", "norm": "batch", "size": [256, 256], "features": [32, 64],
@@ -47,5 +47,13 @@ def test_activation_layers_are_timed(inference: ModuleType) -> None:
     pytest.importorskip("openvino")
     rows = inference.activations(1)
     assert len(rows) == 16 and all(row["microseconds"] > 0 for row in rows)
-    page = inference.markdown({"processor": "", "versions": {}, "networks": [], "activations": rows})
-    assert page.count("100×300") == 4
+    both = {"engine": "OpenVINO", "layer": "tanh"}
+    times = [{**both, "type": "float32", "milliseconds": 2.0}, {**both, "type": "INT8", "milliseconds": 1.0}]
+    document = {
+        "processor": "",
+        "versions": {},
+        "networks": [],
+        "activations": {"rows": rows, "networks": times},
+    }
+    page = inference.markdown(document)
+    assert page.count("100×300") == 4 and "| OpenVINO | tanh | 2.0 | 1.0 |" in page

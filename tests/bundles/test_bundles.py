@@ -32,10 +32,10 @@ from monai_unetq.cli import main
 from monai_unetq.datasets import data_list, prepare, write_phantom
 from monai_unetq.datasets.phantoms import abdomen_phantom, cord_phantom, membrane_phantom
 from monai_unetq.networks import FixedPointUNet, QuantizedNetwork
+from tests.bundles.schema import SCHEMA
 from tests.datasets.official import write_gm2016, write_isbi, write_tcia
 
 ROOT = Path(__file__).resolve().parents[2]
-SCHEMA = ROOT.parent / "shared" / "schema" / "meta_schema_20240725.json"
 Kind = Literal["em", "gm", "nih"]
 KINDS = get_args(Kind)
 SMALL: dict[str, Any] = {"width": 2, "steps_per_epoch": 2, "batch_size": 2, "patch_size": [32, 32]}

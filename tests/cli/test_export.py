@@ -44,6 +44,11 @@ def test_a_packed_model_there_and_back(printed: Printed, tmp_path: Path) -> None
     np.save(tmp_path / "slice.npy", np.zeros((32, 32), np.uint8))
     document = json.loads(printed("verify", tmp_path / "integer", "--data", tmp_path, "--json"))
     assert document["equal"] and [image["image"] for image in document["images"]] == ["slice.npy"]
+    assert "give them with --data" in printed(
+        "verify", tmp_path / "integer", "--against", tmp_path / "integer"
+    )
+    both = ("--data", tmp_path, "--against", tmp_path / "integer")
+    assert "differ: 0.0000%" in printed("verify", tmp_path / "integer", *both)
     assert "not an empty folder" in printed("export", tmp_path / "model.unetq", "--to", "packed", "--out", tmp_path / "integer")  # fmt: skip
     assert "--fold" in printed("export", tmp_path / "model.unetq", "--to", "packed", "--out", tmp_path / "x", "--fold", "0")  # fmt: skip
     (tmp_path / "integer" / "model.unetq").write_bytes(b"")

@@ -71,8 +71,9 @@ def test_openvino(name: str) -> None:
         assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.95
     else:
         assert np.array_equal(found, expected)
-    convolutions = [one for one in executions(compiled) if one.kind == "Convolution"]
-    assert convolutions and all(one.is_int8 for one in convolutions)
+    ran = executions(compiled)
+    assert any(one.kind == "Convolution" for one in ran)
+    assert sum(one.macs for one in ran if one.is_int8) >= 0.95 * sum(one.macs for one in ran)
 
 
 @EVERY

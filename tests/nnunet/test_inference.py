@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
+from monai.bundle import verify_metadata
 from monai.data import MetaTensor
 from monai.transforms import LoadImage
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
@@ -19,6 +20,7 @@ from monai_unetq.cli import main
 from monai_unetq.nnunet import inference
 from monai_unetq.nnunet.inference import TrainedFolder, case_name, cases, write_bundle
 from monai_unetq.nnunet.trainer import nnUNetTrainerQAT
+from tests.bundles.schema import SCHEMA
 from tests.nnunet.datasets import REGIONS, load
 
 
@@ -34,6 +36,7 @@ def folder(folders: Path) -> Path:
         "calibration_batches": 1,
     }
     plans["configurations"]["3d_fullres"]["monai_unetq"] = section
+    torch.manual_seed(1)  # of the untrained weights: they are to predict more than one label
     trainer = nnUNetTrainerQAT(plans, "3d_fullres", 0, document, torch.device("cpu"))
     trainer.on_train_start()
     trainer.current_epoch = 1
@@ -114,6 +117,9 @@ def test_a_bundle_holds_folds_plans_and_valid_metadata(folder: Path, tmp_path: P
         metadata["name"] == folder.name
         and len(metadata["network_data_format"]["inputs"]["image"]["spatial_shape"]) == 3
     )
+    if SCHEMA.is_file():
+        meta = str(out / "configs" / "metadata.json")
+        verify_metadata(meta_file=meta, filepath=str(SCHEMA), create_dir=False)
     with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
         write_bundle(folder, out)
     with pytest.raises(

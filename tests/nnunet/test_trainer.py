@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,14 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from PIL import Image
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 
 import monai_unetq as uq
+from monai_unetq.cli import main
 from monai_unetq.layers import PairedNorm
 from monai_unetq.nnunet import SECTION
 from monai_unetq.nnunet.trainer import nnUNetTrainerFixedPoint, nnUNetTrainerQAT, nnUNetTrainerSSQAT
@@ -70,7 +76,10 @@ def inference_network(trainer: Any, weights: Mapping[str, Tensor]) -> nn.Module:
     plans = PlansManager(trainer.plans_manager.plans)
     configuration = plans.get_configuration(trainer.configuration_name)
     heads = plans.get_label_manager(trainer.dataset_json).num_segmentation_heads
-    network: nn.Module = type(trainer).build_network_architecture(plans, configuration, 1, heads, False)
+    channels = determine_num_input_channels(plans, configuration, trainer.dataset_json)
+    network: nn.Module = type(trainer).build_network_architecture(
+        plans, configuration, channels, heads, False
+    )
     network.load_state_dict(weights)
     return network.eval()
 
@@ -343,6 +352,58 @@ def test_without_deep_supervision(folders: Path, monkeypatch: pytest.MonkeyPatch
     assert plan_of_state(trained(trainer)["network_weights"]) is not None
 
 
+def test_a_compiled_training_is_resumed_and_loads_uncompiled(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nnUNetTrainerSSQAT, "_do_i_compile", lambda self: True)  # nnU-Net: never on a CPU
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    trainer = make(folders, nnUNetTrainerSSQAT, {**MIXED, "epochs": 1})
+    final = trained(trainer)
+    assert isinstance(trainer.network, OptimizedModule)
+    inference_network(trainer, final["network_weights"])
+    again = make(folders, nnUNetTrainerSSQAT, {**MIXED, "epochs": 1})
+    again.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
+    assert isinstance(again.network, OptimizedModule)
+    found = uq.surgery.inference_state(again.core)
+    assert all(torch.equal(found[key], value) for key, value in final["network_weights"].items())
+
+
+def test_both_stages_of_a_cascade(
+    prepared: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(prepared / "preprocessed" / REGIONS, base / "preprocessed" / REGIONS)
+    monkeypatch.setenv("nnUNet_preprocessed", str(base / "preprocessed"))
+    file = base / "preprocessed" / REGIONS / "nnUNetResEncUNetMPlans.json"
+    plans = json.loads(file.read_text())
+    stages = "3d_lowres", "3d_cascade_fullres"
+    # The first stage at the data's own resolution: what is resampled between stages is nnU-Net's.
+    plans["configurations"] |= {
+        stages[0]: {"inherits_from": "3d_fullres", "next_stage": stages[1]},
+        stages[1]: {"inherits_from": "3d_fullres", "previous_stage": stages[0]},
+    }
+    file.write_text(json.dumps(plans))
+    cases = [f"case_{number:02d}" for number in range(10)]
+    halves = [{"train": cases[:5], "val": cases[5:]}, {"train": cases[5:], "val": cases[:5]}]
+    (file.parent / "splits_final.json").write_text(json.dumps(halves))
+    options = ("--budget", "weights=4.0bits", "--activations", "int6", "--float-epochs", "1", "--epochs", "1")
+    for stage in stages:
+        words = ("-d", "902", "-c", stage, "-p", "nnUNetResEncUNetMPlans", "-o", "Mixed", *options)
+        more = ("--iterations", "2", "--val-iterations", "1", "--calibration-batches", "2")
+        assert main(["nnunet", "plan", *words, *more]) == 0
+    plans, document = load(base, REGIONS, "Mixed")
+    for stage, fold in ((stages[0], 0), (stages[0], 1), (stages[1], 0)):
+        trainer: Any = nnUNetTrainerSSQAT(copy.deepcopy(plans), stage, fold, document, CPU)
+        final = trained(trainer)
+        assert trainer.is_cascaded == (stage == stages[1])
+        channels = 1 + 2 * trainer.is_cascaded  # the image, and both regions of the stage before
+        assert trainer.num_input_channels == channels
+        trainer.perform_actual_validation()
+        assert sorted(path.stem for path in Path(trainer.output_folder, "validation").glob("*.nii.gz"))
+        network = inference_network(trainer, final["network_weights"])
+        assert network(torch.zeros(1, channels, 16, 16, 16)).shape[2:] == (16, 16, 16)
+
+
 def test_without_a_section_there_are_defaults(folders: Path) -> None:
     request = make(folders, nnUNetTrainerSSQAT).request
     assert (request.budget, request.activations, request.epochs) == (("weights=4bits",), "int6", 100)
@@ -369,6 +430,10 @@ def test_broken_and_unsupported_requests_are_refused_at_once(
     ("section", "message"),
     [
         ({"budget": ["weights=4parsecs"]}, "budget 'weights=4parsecs' is none"),
+        (
+            {"budget": ["weights=1.5bits"]},
+            r"weights=1\.5bits is out of reach; the nearest that is not is weights=2\.\d+bits",
+        ),
         ({"weights": "int4", "activations": "pow2-4"}, "input of layer"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -136,6 +137,23 @@ def test_images_are_padded_run_and_counted(exported: dict[str, Path], tmp_path: 
         run_images(exported["onnx"], tmp_path)
     with pytest.raises(FileNotFoundError, match="found no image"):
         run_images(exported["onnx"], exported["onnx"])
+
+
+def test_two_exports_are_compared_on_images(exported: dict[str, Path], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    np.save(tmp_path / "images" / "a.npy", rng.integers(0, 256, (40, 50), dtype=np.uint8))
+    (same,) = run_images(exported["openvino"], tmp_path / "images", exported["integer"])
+    assert same["labels_differ"] == same["largest"] == 0
+    case = traced("nnunet plain")
+    other = copy.deepcopy(case.network)
+    last = [layer for layer in other.modules() if isinstance(layer, torch.nn.Conv2d)][-1]
+    assert last.bias is not None
+    rare = int(labels(case.logits.numpy()).mean() < 0.5)
+    last.bias.data[rare] += 50
+    uq.export(other, case.image, "onnx", tmp_path / "other")
+    (found,) = run_images(exported["onnx"], tmp_path / "images", tmp_path / "other")
+    assert found["labels_differ"] > 0 and found["largest"] > 0
 
 
 def test_an_exported_network_is_a_module(exported: dict[str, Path]) -> None:

@@ -17,6 +17,7 @@ from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor, decollate_
 from monai.transforms import Compose, MapTransform, RandAffined, Spacingd, Transform
 
 from monai_unetq import transforms
+from tests.processes import worker_processes
 
 DICTIONARY: dict[str, Callable[..., MapTransform]] = {
     "quantize": lambda **kw: transforms.QuantizeIntensityd("image", "UQ0.4", **kw),
@@ -145,7 +146,9 @@ def test_a_cached_loader_makes_batches(make: Callable[..., MapTransform]) -> Non
 def test_worker_processes() -> None:
     transform = Compose([make() for name, make in DICTIONARY.items() if name not in ("codes", "area")])
     items = [case(seed, (8, 8)) for seed in range(2)]
-    (batch,) = DataLoader(Dataset(items, transform), batch_size=2, num_workers=1)
+    (batch,) = DataLoader(
+        Dataset(items, transform), batch_size=2, num_workers=1, multiprocessing_context=worker_processes()
+    )
     expected = [transform(item) for item in items]
     for key, value in batch.items():
         assert torch.equal(value.as_tensor(), torch.stack([item[key].as_tensor() for item in expected])), key

@@ -19,6 +19,7 @@ from torch.utils.data import RandomSampler
 from monai_unetq.training import EpochSeed
 from monai_unetq.training.handlers import seeding
 from monai_unetq.training.handlers.seeding import epoch_seed, isolated_randomness, seed_everything
+from tests.processes import worker_processes
 
 
 def drawn(loader: Any, seed: int = 3, first: int = 1, last: int = 3, epoch_length: int | None = None) -> Any:
@@ -55,7 +56,7 @@ def with_sampler(loader: Callable[..., Any]) -> Any:
 
 LOADERS: dict[str, Callable[[Callable[..., Any]], Any]] = {
     "in process": lambda loader: loader(),
-    "two workers": lambda loader: loader(num_workers=2),
+    "two workers": lambda loader: loader(num_workers=2, multiprocessing_context=worker_processes()),
     "thread": lambda loader: loader(ThreadDataLoader),
     "torch's": lambda loader: loader(torch.utils.data.DataLoader, num_workers=0),
     "own generator": with_generator,
