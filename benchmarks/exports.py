@@ -39,7 +39,7 @@ from monai_unetq.surgery import observe, quantized_layers
 EXAMPLES = """\
 examples:
   python benchmarks/exports.py run --em Dataset501_EM --hippocampus hippocampus --out exports
-  python benchmarks/exports.py run --em Dataset501_EM --hippocampus hippocampus --out exports --networks "MONAI UNet"
+  python benchmarks/exports.py run --em Dataset501_EM --hippocampus hippocampus --out exports --networks "MONAI UNet, 2D"
   python benchmarks/exports.py page --out exports
 """
 

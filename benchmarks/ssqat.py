@@ -59,9 +59,12 @@ PARTS = {
 """Our rows: whether convolutions are split and their bits allocated, skips supervised, the float network the teacher."""
 
 ROWS = (*PARTS, *PEERS)
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 3e-4
+COARSE_LEARNING_RATE = 1e-3
+"""Ours, the latter with 2-bit activations: each the better of the two in the pilot on validation cases."""
+
 PEER_LEARNING_RATE = 3e-4
-"""Ours and the peers': each the better of the two in the pilot on validation cases."""
+"""The peers': the better of the same two."""
 
 SUPERVISION = 0.1
 DISTILLATION = 1.0
@@ -309,7 +312,7 @@ def run(study: Study, row: str, widths: str, seed: int) -> dict[str, Any]:
         if row != FLOAT:
             mine = row in PARTS
             groups = (
-                parameter_groups(network, LEARNING_RATE)
+                parameter_groups(network, LEARNING_RATE if bits_of(widths)[1] > 2 else COARSE_LEARNING_RATE)
                 if mine
                 else [{"params": list(network.parameters()), "lr": PEER_LEARNING_RATE}]
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -31,6 +32,7 @@ def base(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(prepared, copied)
     for words in (
         ("-d", "901", "-c", "2d", "--budget", "weights=4.0bits", "--activations", "int6", "-o", "Mixed", "--epochs", "1"),
+        ("-d", "901", "-c", "2d", "--weights", "int4", "--activations", "int6", "-o", "Uniform", "--epochs", "1"),
         ("-d", "902", "-c", "3d_fullres", "-p", "nnUNetResEncUNetMPlans", "--weights", "Q1.7", "--activations", "Q4.4",
          "-o", "Fixed", "--epochs", "1"),
     ):  # fmt: skip
@@ -98,6 +100,16 @@ def test_predictions_are_those_of_the_trainers_validation(base: Path, trained: P
             for place in (trained / "fold_0" / "validation", tmp_path / "out")
         )
         assert np.array_equal(expected, found)
+    done = command(
+        base, "nnUNetv2_evaluate_folder", str(base / "raw" / FLAT / "labelsTr"), str(tmp_path / "out"),
+        "-djfile", str(trained / "dataset.json"), "-pfile", str(trained / "plans.json"), "-np", "1", "--chill",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    found, expected = (
+        json.loads((place / "summary.json").read_text())["mean"]
+        for place in (tmp_path / "out", trained / "fold_0" / "validation")
+    )
+    assert found == expected
 
 
 def test_a_bundle_of_the_folder_predicts_the_same(
@@ -169,7 +181,7 @@ def test_an_exported_model_is_installed_and_its_folds_are_ensembled(
     assert len(list((tmp_path / "out").glob("*.npz"))) == len(list((tmp_path / "in").iterdir()))
 
 
-def test_a_residual_3d_network_in_fixed_point(base: Path) -> None:
+def test_a_residual_3d_network_in_fixed_point(base: Path, tmp_path: Path) -> None:
     done = command(
         base, "nnUNetv2_train", "902", "3d_fullres", "0", "-tr", "nnUNetTrainerFixedPoint", "-p", "Fixed", "-device", "cpu"
     )  # fmt: skip
@@ -179,3 +191,20 @@ def test_a_residual_3d_network_in_fixed_point(base: Path) -> None:
     for which in ("best", "final"):
         weights = torch.load(fold / f"checkpoint_{which}.pth", weights_only=False)["network_weights"]
         assert plan_of_state(weights) is not None
+    size = ("--size", "16", "16", "16")
+    assert (
+        main(["export", str(fold.parent), "--to", "integer", "--out", str(tmp_path / "integer"), *size]) == 0
+    )
+    assert main(["verify", str(tmp_path / "integer")]) == 0
+
+
+def test_plain_quantization_aware_training(base: Path) -> None:
+    done = command(
+        base, "nnUNetv2_train", "901", "2d", "0", "-tr", "nnUNetTrainerQAT", "-p", "Uniform", "-device", "cpu"
+    )
+    assert done.returncode == 0, done.stdout
+    fold = base / "results" / FLAT / "nnUNetTrainerQAT__Uniform__2d" / "fold_0"
+    weights = torch.load(fold / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    plan = plan_of_state(weights)
+    assert plan is not None and not any(layer.parts for layer in plan.layers.values())
+    assert (fold / "validation" / "summary.json").exists() and (fold / "model.unetq").exists()
