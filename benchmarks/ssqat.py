@@ -47,7 +47,9 @@ examples:
 
 WIDTHS = ("W4A4", "W3A4", "W2A4", "W3A3", "W2A2")
 FLOAT, CONTROL = "float", "float, trained on"
-PEERS = ("Brevitas", "modelopt")
+PEERS = {"Brevitas": 3e-4, "modelopt": 3e-4, "Brevitas, 1e-3": 1e-3, "modelopt, 1e-3": 1e-3}
+"""With their learning rate: of the two, neither is better for them everywhere."""
+
 PARTS = {
     "uniform": (False, False, False),
     "+ split, mixed": (True, False, False),
@@ -63,8 +65,7 @@ LEARNING_RATE = 3e-4
 COARSE_LEARNING_RATE = 1e-3
 """Ours, the latter with 2-bit activations: each the better of the two in the pilot on validation cases."""
 
-PEER_LEARNING_RATE = 3e-4
-"""The peers': the better of the same two."""
+CONTROL_LEARNING_RATE = 3e-4
 
 SUPERVISION = 0.1
 DISTILLATION = 1.0
@@ -306,15 +307,15 @@ def run(study: Study, row: str, widths: str, seed: int) -> dict[str, Any]:
         network = study.network()
         with contextlib.redirect_stdout(sys.stderr):  # peers print what they do
             if row in PEERS:
-                network = (brevitas if row == "Brevitas" else modelopt)(network, widths, batches)
+                network = (brevitas if row.startswith("Brevitas") else modelopt)(network, widths, batches)
             elif row in PARTS:
                 network = ours(study, row, widths, batches, loss, study.out / study.kind / widths)
         if row != FLOAT:
             mine = row in PARTS
-            groups = (
+            groups: Sequence[Mapping[str, Any]] = (
                 parameter_groups(network, LEARNING_RATE if bits_of(widths)[1] > 2 else COARSE_LEARNING_RATE)
                 if mine
-                else [{"params": list(network.parameters()), "lr": PEER_LEARNING_RATE}]
+                else [{"params": list(network.parameters()), "lr": PEERS.get(row, CONTROL_LEARNING_RATE)}]
             )
             if mine:
                 reestimate_norms(network, batches)

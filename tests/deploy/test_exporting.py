@@ -69,3 +69,22 @@ def test_what_a_target_has_not_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not quantized"):
         uq.export(NETWORKS["nnunet plain"].build(), case.image, "onnx", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes_of_the_papers_network_beside_float32(tmp_path: Path) -> None:
+    image = torch.rand(1, 1, 32, 32)
+    targets: dict[str, tuple[exporting.ExportTarget, ...]] = {
+        "int4": ("packed",),
+        "int8": ("onnx", "openvino"),
+    }
+    for bits, some in targets.items():
+        network = uq.networks.FixedPointUNet(1, 1, width=32).eval()
+        float32 = 4 * sum(parameter.numel() for parameter in network.parameters())
+        uq.quantize(network, uq.QuantPlan.uniform(network, bits, "int8"), image)
+        uq.calibrate(network, [image], "minmax")
+        for target in some:
+            uq.export(network, image, target, tmp_path / target)
+    sizes = {file.name: file.stat().st_size / float32 for file in tmp_path.glob("*/model.*")}
+    assert 0.12 < sizes["model.unetq"] <= 0.14
+    assert 0.24 < sizes["model.onnx"] <= 0.27 and 0.24 < sizes["model.bin"] <= 0.27
+    assert sizes["model.xml"] < 0.05  # a text that does not grow with the width
