@@ -24,9 +24,10 @@ help:
 demo: $(VENV)/.installed-report
 	@$(BIN)/unetq demo $(if $(DATA),--data "$(DATA)") --out "$(OUT)"
 
-# Files in their order: sorted by their number of tests, the few long ones would come last, on one process.
+# Files in their order: sorted by their number of tests, the few long ones would come last, on one process. A process that
+# dies ends the run: replaced by another, it can leave pytest-xdist waiting for ever.
 test: lint
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 lint: $(VENV)/.installed-test
 	@$(BIN)/ruff check $(SOURCES)
