@@ -149,6 +149,11 @@ def bits_of(widths: str) -> tuple[int, int]:
     return int(weights), int(activations)
 
 
+def learning_rate(widths: str) -> float:
+    """Of our rows."""
+    return LEARNING_RATE if bits_of(widths)[1] > 2 else COARSE_LEARNING_RATE
+
+
 def uniform_plan(network: nn.Module, widths: str, scale: Any) -> uq.QuantPlan:
     """The same widths everywhere but at the ends."""
     weights, activations = bits_of(widths)
@@ -313,7 +318,7 @@ def run(study: Study, row: str, widths: str, seed: int) -> dict[str, Any]:
         if row != FLOAT:
             mine = row in PARTS
             groups: Sequence[Mapping[str, Any]] = (
-                parameter_groups(network, LEARNING_RATE if bits_of(widths)[1] > 2 else COARSE_LEARNING_RATE)
+                parameter_groups(network, learning_rate(widths))
                 if mine
                 else [{"params": list(network.parameters()), "lr": PEERS.get(row, CONTROL_LEARNING_RATE)}]
             )

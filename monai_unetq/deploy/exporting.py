@@ -35,7 +35,7 @@ ExportTarget = Literal["onnx", "openvino", "qonnx", "integer", "packed"]
 TARGETS: tuple[ExportTarget, ...] = get_args(ExportTarget)
 Profile = Literal["onnxruntime", "tensorrt"]
 
-ENGINES = ("monai-unetq", "torch", "onnx", "onnxruntime", "openvino", "qonnx")
+_PACKAGES = ("monai-unetq", "torch", "onnx", "onnxruntime", "openvino", "qonnx")
 """Packages whose versions are kept."""
 
 
@@ -96,7 +96,7 @@ def export(
         "network": f"{type(network).__module__}.{type(network).__qualname__}",
         "image": list(image.shape),
         "preprocessing": dict(preprocessing or {}),
-        "versions": {name: installed_version(name) for name in ENGINES},
+        "versions": {name: installed_version(name) for name in _PACKAGES},
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.resolve().parent))

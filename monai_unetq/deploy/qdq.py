@@ -80,7 +80,7 @@ class _Lowering:
         simplify(self.graph)
         if self.target != "tensorrt":
             for node in list(self.graph):
-                if is_quant(node) and attribute(node, "qmin") < 0:
+                if is_quant(node) and _INT8[0] <= attribute(node, "qmin") < 0:
                     self._round_twice(node)
         for node in list(self.graph):
             if is_quant(node):

@@ -79,7 +79,8 @@ def run_images(folder: Path, data: Path, against: Path | None = None) -> list[di
         begin = time.perf_counter()
         logits = _logits(engine, image, f"{folder}: {file}")
         seconds = time.perf_counter() - begin
-        values, counts = np.unique(labels(logits), return_counts=True)
+        segmented = labels(logits)
+        values, counts = np.unique(segmented, return_counts=True)
         shares = {str(v): float(c / counts.sum()) for v, c in zip(values, counts, strict=True)}
         result = {"image": file.name, "seconds": round(seconds, 3), "labels": shares}
         if other is not None:
@@ -89,7 +90,7 @@ def run_images(folder: Path, data: Path, against: Path | None = None) -> list[di
                     f"{against}: returns logits of the shape {expected.shape} for {file}, {folder} of {logits.shape}: "
                     "not the same network"
                 )
-            result["labels_differ"] = float(np.mean(labels(logits) != labels(expected)))
+            result["labels_differ"] = float(np.mean(segmented != labels(expected)))
             result["largest"] = float(np.abs(logits.astype(np.float64) - expected).max(initial=0))
         found.append(result)
     return found
