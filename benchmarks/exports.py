@@ -273,10 +273,11 @@ def by_openvino(model: onnx.ModelProto, image: np.ndarray) -> list[np.ndarray]:
 def _compiled(model: onnx.ModelProto, shape: Sequence[int]) -> Any:
     import openvino
 
-    core = openvino.Core()
-    read = core.read_model(model.SerializeToString())
-    read.reshape(list(shape))
-    return core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    from monai_unetq.deploy.openvino import read
+
+    found = read(model)
+    found.reshape(list(shape))
+    return openvino.Core().compile_model(found, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
 
 def by_qonnx(model: onnx.ModelProto, image: np.ndarray) -> np.ndarray:

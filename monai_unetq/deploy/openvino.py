@@ -8,10 +8,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .qdq import to_qdq
-from .trace import Trace
+import onnx
 
-__all__ = ["Execution", "executions", "write_openvino"]
+from .qdq import to_qdq
+from .subpixel import SHUFFLE
+from .trace import DOMAIN, Trace
+
+__all__ = ["Execution", "executions", "read", "write_openvino"]
 
 _LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 _INTEGERS = ("u8", "i8")
@@ -24,7 +27,7 @@ class Execution:
     Attributes:
         name: of the node in the compiled model.
         kind: Convolution, Deconvolution, FullyConnected or MatMul.
-        precision: u8 or i8 where it runs in INT8, else f32, bf16, …
+        precision: u8 or i8 where it is computed in INT8, else f32, bf16, …
         macs: multiplications of one image; 0 where a size is not known.
     """
 
@@ -66,12 +69,27 @@ def write_openvino(
             f"writing OpenVINO's IR needs it: pip install monai-unetq[openvino] ({error})"
         ) from None
     lowered = to_qdq(traced, target="openvino")
-    model = openvino.Core().read_model(lowered.model.SerializeToString())
+    model = read(lowered.model)
     model.reshape(list(shape))
     for key, value in info.items():
         model.set_rt_info(value, ["monai_unetq", key])
     openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
     return lowered.notes
+
+
+def read(model: onnx.ModelProto) -> Any:
+    """A model of ``to_qdq`` for OpenVINO as an ``openvino.Model``."""
+    import openvino
+    from openvino import opset13
+    from openvino.frontend.onnx import ConversionExtension
+
+    def shuffle(node: Any) -> Any:
+        size = node.get_attribute("blocksize")
+        return opset13.depth_to_space(node.get_input(0), "blocks_first", size).outputs()
+
+    core = openvino.Core()
+    core.add_extension(ConversionExtension(SHUFFLE, DOMAIN, shuffle))
+    return core.read_model(model.SerializeToString())
 
 
 def executions(compiled: Any) -> list[Execution]:
@@ -85,11 +103,9 @@ def executions(compiled: Any) -> list[Execution]:
         info = node.get_rt_info()
         kind = str(info["layerType"].value)
         if kind in _LAYERS:
-            found.append(
-                Execution(
-                    node.get_friendly_name(), kind, str(info["runtimePrecision"].value), _macs(node, kind)
-                )
-            )
+            # "runtimePrecision" is of the weight, which a float kernel may read from 8 bits.
+            precision = str(info["primitiveType"].value).rpartition("_")[2].lower()
+            found.append(Execution(node.get_friendly_name(), kind, precision, _macs(node, kind)))
     return found
 
 

@@ -16,7 +16,8 @@ import onnx_ir as ir
 
 from .lowering import Lowered, add_initializer, finished
 from .simplify import attribute, constant, is_quant, is_weight, remove_unused, simplify
-from .trace import OPSET, Trace, TracedLayer
+from .subpixel import is_shuffle, shuffle_last, spread
+from .trace import DOMAIN, OPSET, Trace, TracedLayer
 
 __all__ = ["Store", "Target", "meet", "to_qdq"]
 
@@ -41,7 +42,8 @@ def to_qdq(traced: Trace, *, store: Store = "int8", target: Target = "onnxruntim
         traced: of a quantized network.
         store: type of the weights' constants. With ``"int4"`` those that fit take half the bytes, and ONNX Runtime and
             OpenVINO run their layers in float.
-        target: ``"tensorrt"`` takes signed INT8 with zero point 0 only (TensorRT 11).
+        target: ``"tensorrt"`` takes signed INT8 with zero point 0 only (TensorRT 11). For ``"openvino"`` transposed
+            convolutions become convolutions with a pixel shuffle of our domain, which ``openvino.read`` knows.
 
     Returns:
         a model that passes ``onnx.checker`` with full shape inference.
@@ -78,6 +80,8 @@ class _Lowering:
 
     def run(self) -> Lowered:
         simplify(self.graph)
+        if self.target == "openvino":
+            self.layers = spread(self.graph, self.layers)
         if self.target != "tensorrt":
             for node in list(self.graph):
                 if is_quant(node) and _INT8[0] <= attribute(node, "qmin") < 0:
@@ -99,8 +103,11 @@ class _Lowering:
             if value.uses():
                 value.replace_all_uses_with(self._dequantize(activation))
         remove_unused(self.graph)
-        opset = OPSET_OF_INT4 if self.store == "int4" else OPSET
-        return finished(self.model, {"": opset}, self.notes)
+        shuffle_last(self.graph)
+        opsets = {"": OPSET_OF_INT4 if self.store == "int4" else OPSET}
+        if any(is_shuffle(node) for node in self.graph):
+            opsets[DOMAIN] = 1
+        return finished(self.model, opsets, self.notes)
 
     # Activations
 

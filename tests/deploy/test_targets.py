@@ -16,7 +16,7 @@ from torch import nn
 
 import monai_unetq as uq
 from monai_unetq.deploy.integer import lower, write
-from monai_unetq.deploy.openvino import executions
+from monai_unetq.deploy.openvino import executions, read
 from monai_unetq.deploy.qdq import to_qdq
 from monai_unetq.deploy.qonnx import quant_attributes, to_qonnx
 from monai_unetq.deploy.trace import trace
@@ -61,9 +61,8 @@ def test_onnx_runtime(name: str) -> None:
 def test_openvino(name: str) -> None:
     openvino = pytest.importorskip("openvino")
     case = traced(name)
-    core = openvino.Core()
-    model = core.read_model(to_qdq(case.trace, target="openvino").model.SerializeToString())
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    model = read(to_qdq(case.trace, target="openvino").model)
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found, expected = np.array(compiled(case.image.numpy())[0]), case.logits.numpy()
     if name in FLOAT_NORMS:
         # Its norms differ in the last bits, and one norm after another of random weights enlarges that (1.3 % of the
@@ -166,9 +165,7 @@ def test_openvino_on_seven_bit_weights_and_macs_by_hand() -> None:
     openvino = pytest.importorskip("openvino")
     network = quantized(NETWORKS["nnunet plain"].build, (1, 1, 32, 32), False, "int7", "int8", "int7")
     image = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(3))
-    model = openvino.Core().read_model(
-        to_qdq(trace(network, image, dynamic=False), target="openvino").model.SerializeToString()
-    )
+    model = read(to_qdq(trace(network, image, dynamic=False), target="openvino").model)
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     with torch.no_grad():
         assert np.array_equal(np.array(compiled(image.numpy())[0]), network(image).numpy())

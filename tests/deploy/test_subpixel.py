@@ -1,0 +1,104 @@
+"""A transposed convolution is a convolution and a pixel shuffle: the same sums, and in OpenVINO the same bits in INT8."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import monai_unetq as uq
+from monai_unetq.deploy.openvino import executions, read
+from monai_unetq.deploy.qdq import to_qdq
+from monai_unetq.deploy.subpixel import Phases
+from monai_unetq.deploy.trace import trace
+
+
+def test_phases_by_hand() -> None:
+    # Kernel = stride: output 2j + r reads x[j] with tap r.
+    halves = Phases.of(2, 2, 0, 0, 0)
+    assert (
+        halves is not None and halves.taps.tolist() == [[0], [1]] and (halves.before, halves.after) == (0, 0)
+    )
+    # MONAI UNet's, 3 taps and padding 1: output 2j is x[j]·w[1], output 2j + 1 is x[j]·w[2] + x[j + 1]·w[0].
+    thirds = Phases.of(3, 2, 1, 1, 1)
+    assert thirds is not None and thirds.taps.tolist() == [[1, 3], [2, 0]]
+    assert (thirds.before, thirds.after) == (0, 1)
+    assert Phases.of(3, 2, 1, 1, 0) is None  # 2n − 1 outputs
+
+
+@given(st.data())
+def test_phases_sum_as_the_transposed_convolution_does(data: Any) -> None:
+    stride = data.draw(st.integers(2, 4), "stride")
+    kernel = data.draw(st.integers(1, 7), "kernel")
+    padding = data.draw(st.integers(0, kernel - 1), "padding")
+    more = data.draw(st.integers(0, stride - 1), "output padding")
+    size = data.draw(st.integers(2, 5), "size")
+    image = torch.randint(-9, 10, (1, 1, size)).double()
+    weight = torch.randint(-9, 10, (1, 1, kernel)).double()
+    assume((size - 1) * stride - 2 * padding + kernel + more >= 1)
+    expected = F.conv_transpose1d(image, weight, stride=stride, padding=padding, output_padding=more)
+    phases = Phases.of(kernel, stride, padding, padding, more)
+    assume(phases is not None)
+    assert phases is not None
+    taps = np.append(weight.numpy().ravel(), 0)[phases.taps]
+    padded = np.pad(image.numpy().ravel(), (phases.before, phases.after))
+    found = np.stack([np.correlate(padded, row) for row in taps], 1).ravel()
+    assert np.array_equal(found, expected.numpy().ravel())
+
+
+def on_openvino(network: nn.Module, image: torch.Tensor) -> tuple[np.ndarray, np.ndarray, list[Any]]:
+    """Logits of OpenVINO and of fake quantization (7-bit weights: exact with and without VNNI), and what ran in INT8."""
+    openvino = pytest.importorskip("openvino")
+    plan = uq.QuantPlan.uniform(network, weights="int7", activations="int8", input="int8", last="int7")
+    uq.quantize(network, plan, image)
+    uq.calibrate(network, [image])
+    model = read(to_qdq(trace(network, image, dynamic=False), target="openvino").model)
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    with torch.no_grad():
+        return np.array(compiled(image.numpy())[0]), network(image).numpy(), executions(compiled)
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "kernel", "stride", "padding", "more"),
+    [
+        (2, 2, 2, 0, 0),
+        (3, 2, 2, 0, 0),
+        (2, 3, 2, 1, 1),
+        (3, 3, 2, 1, 1),
+        (2, 4, 2, 1, 0),
+        (2, 4, 4, 0, 0),
+        (2, 5, 3, 1, 0),
+    ],
+)
+def test_as_a_convolution_in_openvino(
+    dimensions: int, kernel: int, stride: int, padding: int, more: int
+) -> None:
+    torch.manual_seed(0)
+    conv, transposed = ((nn.Conv2d, nn.ConvTranspose2d), (nn.Conv3d, nn.ConvTranspose3d))[dimensions - 2]
+    network = nn.Sequential(
+        conv(1, 6, 3, padding=1), transposed(6, 5, kernel, stride, padding, more), nn.ReLU(), conv(5, 2, 1)
+    )
+    found, expected, ran = on_openvino(network, torch.randn(1, 1, *[7, 6, 5][:dimensions]))
+    assert np.array_equal(found, expected)
+    assert [one.kind for one in ran] == ["Convolution"] * 3 and all(one.is_int8 for one in ran)
+
+
+def test_a_large_one_that_openvino_would_run_in_float_runs_in_integers() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 256, 1), nn.ConvTranspose2d(256, 4, 2, 2))
+    found, expected, ran = on_openvino(network, torch.randn(1, 1, 48, 48))
+    assert np.array_equal(found, expected) and all(one.is_int8 for one in ran)
+
+
+def test_what_cannot_be_shuffled_stays_and_a_float_kernel_is_told() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ConvTranspose2d(8, 2, (1, 4), (1, 4)))
+    found, expected, ran = on_openvino(network, torch.randn(1, 1, 9, 8))
+    assert np.allclose(found, expected, atol=1e-5)
+    assert {one.kind: one.is_int8 for one in ran} == {"Convolution": True, "Deconvolution": False}
