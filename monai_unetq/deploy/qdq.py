@@ -28,6 +28,7 @@ OPSET_OF_INT4 = 21
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _INT8 = (-128, 127)
 _INT4 = (-8, 7)
+_SEVEN_BITS = 63
 _LARGEST = 3e38
 """About float32's largest number."""
 
@@ -213,14 +214,49 @@ class _Lowering:
         return self.dequantized[key]
 
     def _keep_scale(self, norm: ir.Node) -> None:
-        """A clip at what float32 holds, in front of an instance norm.
+        """A clip at what float32 holds, in front of an instance norm (which group norms are, reshaped).
 
         OpenVINO takes a convolution's scale through the norm behind it, which a scale would not change were it not for
-        ε: it then adds 1e-5 to the variance of integers. Of the clip it does not take a scale per channel through.
+        ε: it then adds 1e-5 to the variance of integers. Of the clip it does not take a scale per channel through. Where
+        one scale is all channels', one of them gets another, or ``Max`` does what the clip would at the price of a pass.
         """
         source = norm.inputs[0]
         assert source is not None
-        norm.replace_input_with(0, self._clipped(norm, source, -_LARGEST, _LARGEST))
+        if self._has_one_scale(source.producer()):
+            limit = self._constant(np.float32(-_LARGEST))
+            kept = self._add(norm, "Max", [source, limit])
+            kept.shape, kept.type = source.shape, source.type
+        else:
+            kept = self._clipped(norm, source, -_LARGEST, _LARGEST)
+        norm.replace_input_with(0, kept)
+
+    def _has_one_scale(self, node: ir.Node | None) -> bool:
+        """Whether a convolution's channels have one scale, and cannot have two: twice the codes at half the scale."""
+        while node is not None and node.op_type == "Reshape":
+            node = node.inputs[0].producer() if node.inputs[0] is not None else None
+        maker = None if node is None or node.op_type not in _CONVOLUTIONS else _producer(node.inputs[1])
+        if node is None or maker is None or maker.op_type != "DequantizeLinear":
+            return False
+        codes, scale, zero = (constant(value) for value in maker.inputs)
+        if codes is None or scale is None or zero is None or scale.size > 1:
+            return False
+        rows = np.abs(codes.astype(np.int32)).reshape(codes.shape[0], -1).max(1)
+        channel = int(rows.argmin())
+        limit = max(
+            _SEVEN_BITS, int(rows.max())
+        )  # 8-bit codes saturate where there is no VNNI: no more of them
+        if node.op_type != "Conv" or len(rows) < 2 or 2 * rows[channel] > limit or codes.dtype != np.int8:
+            return True
+        codes, scales = codes.copy(), np.full(len(rows), scale)
+        codes[channel] *= 2
+        scales[channel] /= 2
+        name = maker.inputs[0].name if maker.inputs[0] is not None else None
+        for place, (array, ending) in enumerate(
+            ((codes, ""), (scales, ".scale"), (np.zeros(len(rows), np.int8), ".zero_point"))
+        ):
+            maker.replace_input_with(place, self._initializer(ir.tensor(array), f"{name}{ending}"))
+        maker.attributes["axis"] = ir.AttrInt64("axis", 0)
+        return False
 
     # Weights
 
@@ -397,6 +433,10 @@ class _Lowering:
 
     def _initializer(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
         return add_initializer(self.graph, tensor, name)
+
+
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()
 
 
 def _beside(quant: ir.Node) -> list[ir.Node]:
