@@ -222,41 +222,36 @@ class _Lowering:
         """
         source = norm.inputs[0]
         assert source is not None
-        if self._has_one_scale(source.producer()):
-            limit = self._constant(np.float32(-_LARGEST))
-            kept = self._add(norm, "Max", [source, limit])
+        weight = _weight_in_front(source)
+        if weight is not None and _has_one_scale(weight) and not self._halve_one(weight):
+            kept = self._add(norm, "Max", [source, self._constant(np.float32(-_LARGEST))])
             kept.shape, kept.type = source.shape, source.type
         else:
             kept = self._clipped(norm, source, -_LARGEST, _LARGEST)
         norm.replace_input_with(0, kept)
 
-    def _has_one_scale(self, node: ir.Node | None) -> bool:
-        """Whether a convolution's channels have one scale, and cannot have two: twice the codes at half the scale."""
-        while node is not None and node.op_type == "Reshape":
-            node = node.inputs[0].producer() if node.inputs[0] is not None else None
-        maker = None if node is None or node.op_type not in _CONVOLUTIONS else _producer(node.inputs[1])
-        if node is None or maker is None or maker.op_type != "DequantizeLinear":
-            return False
-        codes, scale, zero = (constant(value) for value in maker.inputs)
-        if codes is None or scale is None or zero is None or scale.size > 1:
-            return False
+    def _halve_one(self, weight: ir.Node) -> bool:
+        """Give one output channel half the scale and twice the codes; False, and as it was, where none has room for them."""
+        source = weight.inputs[0]
+        codes, scale = constant(source), constant(weight.inputs[1])
+        assert source is not None and codes is not None and scale is not None
         rows = np.abs(codes.astype(np.int32)).reshape(codes.shape[0], -1).max(1)
         channel = int(rows.argmin())
         limit = max(
             _SEVEN_BITS, int(rows.max())
         )  # 8-bit codes saturate where there is no VNNI: no more of them
-        if node.op_type != "Conv" or len(rows) < 2 or 2 * rows[channel] > limit or codes.dtype != np.int8:
-            return True
+        transposed = any(use.node.op_type != "Conv" for use in weight.outputs[0].uses())
+        if transposed or len(rows) < 2 or 2 * rows[channel] > limit or codes.dtype != np.int8:
+            return False
         codes, scales = codes.copy(), np.full(len(rows), scale)
         codes[channel] *= 2
         scales[channel] /= 2
-        name = maker.inputs[0].name if maker.inputs[0] is not None else None
-        for place, (array, ending) in enumerate(
-            ((codes, ""), (scales, ".scale"), (np.zeros(len(rows), np.int8), ".zero_point"))
-        ):
-            maker.replace_input_with(place, self._initializer(ir.tensor(array), f"{name}{ending}"))
-        maker.attributes["axis"] = ir.AttrInt64("axis", 0)
-        return False
+        endings = {"": codes, ".scale": scales, ".zero_point": np.zeros(len(rows), np.int8)}
+        for place, (ending, array) in enumerate(endings.items()):
+            value = self._initializer(ir.tensor(array), f"{source.name}{ending}")
+            weight.replace_input_with(place, value)
+        weight.attributes["axis"] = ir.AttrInt64("axis", 0)
+        return True
 
     # Weights
 
@@ -437,6 +432,20 @@ class _Lowering:
 
 def _producer(value: ir.Value | None) -> ir.Node | None:
     return None if value is None else value.producer()
+
+
+def _weight_in_front(value: ir.Value) -> ir.Node | None:
+    """The weight's ``DequantizeLinear`` of the convolution that makes a value, perhaps reshaped."""
+    node = value.producer()
+    while node is not None and node.op_type == "Reshape":
+        node = _producer(node.inputs[0])
+    weight = _producer(node.inputs[1]) if node is not None and node.op_type in _CONVOLUTIONS else None
+    return weight if weight is not None and weight.op_type == "DequantizeLinear" else None
+
+
+def _has_one_scale(weight: ir.Node) -> bool:
+    scale = constant(weight.inputs[1])
+    return scale is not None and scale.size == 1
 
 
 def _beside(quant: ir.Node) -> list[ir.Node]:

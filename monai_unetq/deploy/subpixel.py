@@ -8,6 +8,7 @@ convolutions of all remainders are one with sᴺ times the output channels, whos
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -42,7 +43,7 @@ class Phases:
 
     @classmethod
     def of(cls, kernel: int, stride: int, before: int, after: int, output_padding: int) -> Phases | None:
-        """Of a transposed convolution's axis; None where the output's size is no multiple of the stride, or padding would be negative."""
+        """Of a transposed convolution's axis; None where outputs are no multiple of the stride, or padding would be negative."""
         further = kernel - stride - before - after + output_padding
         if further % stride:
             return None
@@ -59,7 +60,7 @@ class Phases:
 def spread(graph: ir.Graph, layers: dict[str, TracedLayer]) -> dict[str, TracedLayer]:
     """Replace transposed convolutions with rounded weights and one stride for all axes, in place.
 
-    Left as they are: groups, dilation, a stride that differs between axes, a weight that is read twice.
+    Left as they are: groups, dilation, a stride that differs between axes, a layer that is used twice.
 
     Args:
         graph: of a trace.
@@ -69,16 +70,17 @@ def spread(graph: ir.Graph, layers: dict[str, TracedLayer]) -> dict[str, TracedL
         the layers, with the weights of those that were replaced.
     """
     found = dict(layers)
+    used = Counter(attribute(node, "layer") for node in graph if is_weight(node))
     for node in list(graph):
-        if node.op_type == "ConvTranspose":
-            _spread(graph, node, found)
+        maker = node.inputs[1].producer() if node.op_type == "ConvTranspose" and node.inputs[1] else None
+        if maker is not None and is_weight(maker) and used[attribute(maker, "layer")] == 1:
+            _spread(graph, node, maker, found)
     return found
 
 
-def _spread(graph: ir.Graph, conv: ir.Node, layers: dict[str, TracedLayer]) -> None:
-    source, weight, *rest = conv.inputs
-    maker = None if weight is None else weight.producer()
-    if source is None or weight is None or maker is None or not is_weight(maker) or len(weight.uses()) > 1:
+def _spread(graph: ir.Graph, conv: ir.Node, maker: ir.Node, layers: dict[str, TracedLayer]) -> None:
+    source, _, *rest = conv.inputs
+    if source is None or len(maker.outputs[0].uses()) > 1:
         return
     layer, kept = layers[attribute(maker, "layer")], constant(maker.inputs[0])
     bias = constant(rest[0]) if rest and rest[0] is not None else None

@@ -102,3 +102,22 @@ def test_what_cannot_be_shuffled_stays_and_a_float_kernel_is_told() -> None:
     found, expected, ran = on_openvino(network, torch.randn(1, 1, 9, 8))
     assert np.allclose(found, expected, atol=1e-5)
     assert {one.kind: one.is_int8 for one in ran} == {"Convolution": True, "Deconvolution": False}
+
+
+class _Twice(nn.Module):
+    """One transposed convolution, used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up = nn.Conv2d(1, 4, 3, padding=1), nn.ConvTranspose2d(4, 4, 2, 2)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.up(torch.relu(self.up(torch.relu(self.first(image)))))
+        return found
+
+
+def test_a_layer_that_is_used_twice_stays() -> None:
+    torch.manual_seed(0)
+    found, expected, ran = on_openvino(_Twice(), torch.randn(1, 1, 6, 6))
+    assert np.array_equal(found, expected)
+    assert [one.kind for one in ran] == ["Convolution", "Deconvolution", "Deconvolution"]
