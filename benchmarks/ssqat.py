@@ -3,7 +3,8 @@
 Every row begins with the same float network, that of ``unetq reproduce``, and is trained for the same steps on the same
 crops: float on (the control), uniform widths, split with mixed widths, each with and without supervised skips, each with
 the float network as a teacher, Brevitas and NVIDIA modelopt. The last step's network is what is tested, so nothing is
-chosen on the test cases. Everything is kept in --out and not done twice.
+chosen on the test cases; what is to be chosen is compared with --candidates. Everything is kept in --out and not
+done twice.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +44,8 @@ EXAMPLES = """\
 examples:
   unetq reproduce em --data Dataset501_EM --out study --rows "Full precision"
   python benchmarks/ssqat.py em --dataset Dataset501_EM --study study --out ssqat --widths W3A3 W2A2 --seeds 0 1 2
+  python benchmarks/ssqat.py gm --dataset Dataset502_GM --study study --out ssqat --widths W2A4 --rows uniform Brevitas \\
+      --candidates 3e-4 1e-3
   python benchmarks/ssqat.py page --out ssqat
 """
 
@@ -50,15 +54,28 @@ FLOAT, CONTROL = "float", "float, trained on"
 PEERS = {"Brevitas": 3e-4, "modelopt": 3e-4, "Brevitas, 1e-3": 1e-3, "modelopt, 1e-3": 1e-3}
 """With their learning rate: of the two, neither is better for them everywhere."""
 
+
+class Parts(NamedTuple):
+    """What a row of ours has beside quantization-aware training: split convolutions with allocated bits, supervised
+    skips, the float network as a teacher, channels of equal range.
+    """
+
+    mixed: bool = False
+    supervised: bool = False
+    distilled: bool = False
+    equalized: bool = False
+
+
 PARTS = {
-    "uniform": (False, False, False),
-    "+ split, mixed": (True, False, False),
-    "+ supervision": (False, True, False),
-    "+ both (SS-QAT)": (True, True, False),
-    "+ teacher": (False, False, True),
-    "+ both + teacher": (True, True, True),
+    "uniform": Parts(),
+    "+ split, mixed": Parts(mixed=True),
+    "+ supervision": Parts(supervised=True),
+    "+ both (SS-QAT)": Parts(mixed=True, supervised=True),
+    "+ teacher": Parts(distilled=True),
+    "+ both + teacher": Parts(mixed=True, supervised=True, distilled=True),
+    "+ equalization": Parts(equalized=True),
+    "+ all": Parts(mixed=True, supervised=True, distilled=True, equalized=True),
 }
-"""Our rows: whether convolutions are split and their bits allocated, skips supervised, the float network the teacher."""
 
 ROWS = (*PARTS, *PEERS)
 LEARNING_RATE = 3e-4
@@ -149,8 +166,10 @@ def bits_of(widths: str) -> tuple[int, int]:
     return int(weights), int(activations)
 
 
-def learning_rate(widths: str) -> float:
-    """Of our rows."""
+def learning_rate(row: str, widths: str) -> float:
+    """Of a row on the test cases."""
+    if row not in PARTS:
+        return PEERS.get(row, CONTROL_LEARNING_RATE)
     return LEARNING_RATE if bits_of(widths)[1] > 2 else COARSE_LEARNING_RATE
 
 
@@ -179,8 +198,10 @@ def budget_of(network: nn.Module, plan: uq.QuantPlan, image: Tensor) -> list[str
 def ours(study: Study, row: str, widths: str, batches: Sequence[Any], loss: Any, folder: Path) -> nn.Module:
     """A network of ours, calibrated, with what the row has of heads and teacher."""
     network = study.network()
-    mixed, supervised, distilled = PARTS[row]
+    mixed, supervised, distilled, equalized = PARTS[row]
     image = batches[0]["image"][:1]
+    if equalized:
+        uq.equalize(network, batches)
     plan = uniform_plan(network, widths, study.scale)
     if mixed:
         budget = budget_of(network, plan, image)
@@ -291,15 +312,19 @@ def train(
     }
 
 
-def folder_of(study: Study, row: str, widths: str, seed: int) -> Path:
-    """Where a row is kept: ``score.json``, ``predictions`` of the test cases, and of ours ``model.unetq``."""
+def folder_of(study: Study, row: str, widths: str, seed: int, candidate: float | None = None) -> Path:
+    """Where a row is kept: ``score.json``, ``predictions``, and of ours ``model.unetq``; see ``run``."""
     bits = widths if row not in (FLOAT, CONTROL) else "float"
+    if candidate is not None:
+        name = _slug(row) if row == FLOAT else f"{_slug(row)}-{candidate:g}"
+        return study.out / study.kind / "validation" / bits / name / f"seed{seed}"
     return study.out / study.kind / bits / _slug(row) / f"seed{seed}"
 
 
-def run(study: Study, row: str, widths: str, seed: int) -> dict[str, Any]:
-    """Train and test one row, or find it done."""
-    folder = folder_of(study, row, widths, seed)
+def run(study: Study, row: str, widths: str, seed: int, candidate: float | None = None) -> dict[str, Any]:
+    """Train and test one row, or find it done; with a candidate for the learning rate, on the validation cases."""
+    folder = folder_of(study, row, widths, seed, candidate)
+    part: Part = "test" if candidate is None else "validation"
     file = folder / "score.json"
     with alone(folder):
         if file.exists():
@@ -317,11 +342,13 @@ def run(study: Study, row: str, widths: str, seed: int) -> dict[str, Any]:
                 network = ours(study, row, widths, batches, loss, study.out / study.kind / widths)
         if row != FLOAT:
             mine = row in PARTS
+            rate = learning_rate(row, widths) if candidate is None else candidate
             groups: Sequence[Mapping[str, Any]] = (
-                parameter_groups(network, learning_rate(widths))
+                parameter_groups(network, rate)
                 if mine
-                else [{"params": list(network.parameters()), "lr": PEERS.get(row, CONTROL_LEARNING_RATE)}]
+                else [{"params": list(network.parameters()), "lr": rate}]
             )
+            result["learning_rate"] = rate
             if mine:
                 reestimate_norms(network, batches)
             result |= train(network, loader, loss, batches, study.epochs, seed, groups)
@@ -334,8 +361,8 @@ def run(study: Study, row: str, widths: str, seed: int) -> dict[str, Any]:
             result |= {"weight_bytes": cost.weight_bytes, "bops": cost.bops}
             uq.plan_of(network).save(folder / "plan.json")
             uq.pack(network, folder / "model.unetq")
-        study.predict(network, folder / "predictions")
-        result |= tested(study, folder / "predictions")
+        study.predict(network, folder / "predictions", part)
+        result |= tested(study, folder / "predictions", part)
         write_json(file, result)
     return result
 
@@ -368,13 +395,15 @@ def collected(study: Study) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
         return json.loads(text, parse_float=lambda number: round(float(number), 3))
 
-    files = sorted((study.out / study.kind).glob("*/*/seed*/score.json"))
+    folder = study.out / study.kind
+    files = sorted(folder.glob("W*/*/seed*/score.json")) + sorted(folder.glob("float/*/seed*/score.json"))
+    candidates = sorted((folder / "validation").glob("*/*/seed*/score.json"))
     settings = study.comparison.settings
     return {
         "kind": study.kind, "versions": versions(), "preset": study.comparison.preset, "width": settings.width,
         "float_steps": settings.float_epochs * settings.steps_per_epoch, "steps": study.epochs * settings.steps_per_epoch,
         "batch_size": settings.batch_size, "patch_size": list(settings.patch_size), "scale": study.scale,
-        "metric": study.metric, "rows": [read(file) for file in files],
+        "metric": study.metric, "rows": [read(file) for file in files], "validation": [read(file) for file in candidates],
     }  # fmt: skip
 
 
@@ -423,7 +452,39 @@ def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
             f"row, batch {document['batch_size']}, crops {'×'.join(map(str, document['patch_size']))}, {document['scale']} "
             f"scales, bits allocated by {document['metric']}; the last step's network is tested.",
         ]  # fmt: skip
+        lines += candidates_table(document)
     return "\n".join([*lines, ""])
+
+
+def candidates_table(document: Mapping[str, Any]) -> list[str]:
+    """Learning rates side by side on the validation cases; nothing where none was tried."""
+    rows = document.get("validation", [])
+    rates = sorted({row["learning_rate"] for row in rows if "learning_rate" in row})
+    if not rates:
+        return []
+    (reference,) = (row for row in rows if row["row"] == FLOAT)
+
+    def cell(found: Sequence[Mapping[str, Any]], rate: float) -> str:
+        tried = [row for row in found if row["learning_rate"] == rate]
+        seeds = f" ({len(tried)} seeds)" if len(tried) > 1 else ""
+        return dice_and_boundary(tried) + seeds if tried else ""
+
+    lines = [
+        "", f"On the validation cases (float: {dice_and_boundary([reference])}), Dice / boundary Dice by learning rate:", "",
+        "| widths | row | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---|---|" + "---:|" * len(rates),
+    ]  # fmt: skip
+    for widths, name in itertools.product((FLOAT, *WIDTHS), (CONTROL, *ROWS)):
+        found = [row for row in rows if (row["row"], row["widths"]) == (name, widths)]
+        if found:
+            lines.append(f"| {widths} | {name} | {' | '.join(cell(found, rate) for rate in rates)} |")
+    return lines
+
+
+def dice_and_boundary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Means over the units of all rows."""
+    return " / ".join(
+        f"{np.mean([value for row in rows for value in row[m].values()]):.1f}" for m in ("dice", "nsd")
+    )
 
 
 def study_of(options: argparse.Namespace) -> Study:
@@ -473,19 +534,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--scale", choices=("free", "power-of-two"), default="free", help="of ours (%(default)s)"
     )
+    parser.add_argument(
+        "--candidates", type=float, nargs="+", default=[], metavar="RATE",
+        help="learning rates that are compared on the validation cases; no row is tested then",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     if options.kind == "page":
         write_page("ssqat", options.out, options.page, MARKS, markdown)
         return 0
     study = replace(study_of(options), scale=options.scale, metric=options.metric)
-    jobs = [(FLOAT, FLOAT, 0)]
-    for seed in options.seeds:
-        jobs += [(CONTROL, FLOAT, seed)] if CONTROL in options.rows else []
-        jobs += [(row, widths, seed) for widths in options.widths for row in options.rows if row != CONTROL]
-    for row, widths, seed in tqdm(jobs, desc=f"{options.kind}: rows", unit="row", disable=None):
-        found = run(study, row, widths, seed)
-        dice, nsd = (float(np.mean(list(found[m].values()))) for m in ("dice", "nsd"))
-        tqdm.write(f"{options.kind} {widths} {row} seed {seed}: Dice {dice:.2f}, boundary Dice {nsd:.2f}")
+    rates: list[float | None] = list(options.candidates) or [None]
+    jobs: list[tuple[str, str, int, float | None]] = [(FLOAT, FLOAT, 0, rates[0])]
+    for seed, rate in itertools.product(options.seeds, rates):
+        jobs += [(CONTROL, FLOAT, seed, rate)] if CONTROL in options.rows else []
+        trained = [row for row in options.rows if row != CONTROL]
+        jobs += [(row, widths, seed, rate) for widths in options.widths for row in trained]
+    for row, widths, seed, rate in tqdm(jobs, desc=f"{options.kind}: rows", unit="row", disable=None):
+        found = run(study, row, widths, seed, rate)
+        candidate = "" if rate is None else f", learning rate {rate:g}, validation"
+        measured = dice_and_boundary([found])
+        tqdm.write(f"{options.kind} {widths} {row} seed {seed}{candidate}: Dice / boundary Dice {measured}")
         write_json(options.out / f"{options.kind}.json", collected(study))
     return 0
 

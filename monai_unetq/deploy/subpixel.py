@@ -70,7 +70,9 @@ def spread(graph: ir.Graph, layers: dict[str, TracedLayer]) -> dict[str, TracedL
         the layers, with the weights of those that were replaced.
     """
     found = dict(layers)
-    used = Counter(attribute(node, "layer") for node in graph if is_weight(node))
+    used: Counter[str] = Counter()
+    for node in filter(is_weight, graph):
+        used[attribute(node, "layer")] += len(node.outputs[0].uses())
     for node in list(graph):
         maker = node.inputs[1].producer() if node.op_type == "ConvTranspose" and node.inputs[1] else None
         if maker is not None and is_weight(maker) and used[attribute(maker, "layer")] == 1:
@@ -80,7 +82,7 @@ def spread(graph: ir.Graph, layers: dict[str, TracedLayer]) -> dict[str, TracedL
 
 def _spread(graph: ir.Graph, conv: ir.Node, maker: ir.Node, layers: dict[str, TracedLayer]) -> None:
     source, _, *rest = conv.inputs
-    if source is None or len(maker.outputs[0].uses()) > 1:
+    if source is None:
         return
     layer, kept = layers[attribute(maker, "layer")], constant(maker.inputs[0])
     bias = constant(rest[0]) if rest and rest[0] is not None else None

@@ -1,5 +1,5 @@
-"""SS-QAT, the whole recipe: a float network is split, its bits are allocated by sensitivity, it is trained quantized with
-its skip connections supervised, folded, stripped and packed (Guo et al., ISCAS 2022).
+"""SS-QAT, the whole recipe: a float network is equalized and split, its bits are allocated by sensitivity, it is trained
+quantized with its skip connections supervised, folded, stripped and packed (Guo et al., ISCAS 2022).
 
 ``ssqat_network`` is the part before training, for whoever trains in a loop of his own (the bundles' ``ssqat.yaml``);
 ``ssqat`` is all of it.
@@ -29,7 +29,17 @@ from ..plan import QuantPlan
 from ..sensitivity import Sensitivities, fisher, hessian_traces, sqnr
 from ..sensitivity.metrics import from_first, network_digest
 from ..sensitivity.table import tensor_name
-from ..surgery import attach_supervision, attach_teacher, fold, observe, plan_of, quantize, split, strip
+from ..surgery import (
+    attach_supervision,
+    attach_teacher,
+    equalize,
+    fold,
+    observe,
+    plan_of,
+    quantize,
+    split,
+    strip,
+)
 from ..surgery.calibrate import image_of
 from ..training import (
     BestModel,
@@ -160,12 +170,13 @@ def ssqat_network(
     folder: str | Path | None = None,
     *,
     num_classes: int = 1,
+    equalized: bool = True,
     supervised: bool = True,
     distilled: bool = True,
     **options: Any,
 ) -> nn.Module:
-    """Make a trained float network ready for SS-QAT, in place: split, sensitivity, allocation, quantizers, heads, and
-    the float network as a teacher.
+    """Make a trained float network ready for SS-QAT, in place: equalize, split, sensitivity, allocation, quantizers,
+    heads, and the float network as a teacher.
 
     What follows is calibration (``calibrate``, or the handler ``Calibration``), and training with
     ``SkipSupervisionLoss``; at the end ``strip`` and ``fold``.
@@ -176,6 +187,7 @@ def ssqat_network(
         batches: see ``ssqat_plan``.
         folder: see ``ssqat_plan``.
         num_classes: see ``attach_supervision``.
+        equalized: bring the channels of activations to one range first, see ``equalize``.
         supervised: attach the heads.
         distilled: attach the float network as a teacher, see ``attach_teacher``.
         options: of ``ssqat_plan``: budget, choices, metric, ….
@@ -184,10 +196,13 @@ def ssqat_network(
         the network.
 
     Raises:
-        ValueError: as ``split``, ``ssqat_plan``, ``quantize`` and ``attach_supervision`` do.
+        ValueError: as ``equalize``, ``split``, ``ssqat_plan``, ``quantize`` and ``attach_supervision`` do.
     """
     example = image_of(next(iter(batches)))[:1].to(next(network.parameters()).device)
     teacher = copy.deepcopy(network) if distilled else None
+    if equalized:
+        with isolated_randomness(options.get("seed", 0), batches):
+            equalize(network, batches)
     split(network, example)
     plan = ssqat_plan(network, loss, batches, folder, **options)
     quantize(network, plan, example)
@@ -212,6 +227,7 @@ def ssqat(
     learning_rate: float = 1e-3,
     supervision: float = 0.1,
     distillation: float = 1.0,
+    equalized: bool = True,
     num_classes: int = 1,
     calibration: Iterable[Any] | None = None,
     seed: int = 0,
@@ -221,7 +237,7 @@ def ssqat(
 ) -> Path:
     """The whole recipe in one call: trained float network in, packed quantized network out.
 
-    Split → sensitivity → allocation → calibration → SS-QAT with learned step sizes → batch norms estimated anew and
+    Equalize → split → sensitivity → allocation → calibration → SS-QAT with learned step sizes → batch norms estimated anew and
     frozen → strip → fold → packed. Everything is kept in ``out``: called again, it goes on where it was, and ends with
     the same weights, bit for bit on a CPU.
 
@@ -236,6 +252,7 @@ def ssqat(
         learning_rate: Adam's, of the weights; it falls along a cosine. See ``parameter_groups`` for the others.
         supervision: λ at the beginning, see ``SkipSupervisionLoss``; 0 trains without heads.
         distillation: μ, how much the float network's prediction counts as a teacher; 0 trains without one.
+        equalized: see ``ssqat_network``.
         num_classes: see ``attach_supervision``.
         calibration: batches for sensitivity, calibration and batch norms; the loader by default.
         seed: of everything random.
@@ -268,7 +285,7 @@ def ssqat(
     packed = out / "model.unetq"
     settings = {
         "network": network_digest(network), "epochs": epochs, "learning_rate": learning_rate, "supervision": supervision,
-        "distillation": distillation,
+        "distillation": distillation, "equalized": equalized,
         "supervision_options": dict(supervision_options or {}), "num_classes": num_classes, "seed": seed,
         "options": {key: list(v) if isinstance(v, tuple) else v for key, v in options.items()},
     }  # fmt: skip
@@ -281,8 +298,8 @@ def ssqat(
     batches = loader if calibration is None else calibration
     work = strip(copy.deepcopy(network)).to(device)
     ssqat_network(
-        work, loss, batches, out, num_classes=num_classes, supervised=supervision > 0, distilled=distillation > 0,
-        seed=seed, **options,
+        work, loss, batches, out, num_classes=num_classes, equalized=equalized, supervised=supervision > 0,
+        distilled=distillation > 0, seed=seed, **options,
     )  # fmt: skip
     optimizer = torch.optim.Adam(parameter_groups(work, learning_rate))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(epochs))

@@ -1,6 +1,7 @@
-"""Network in, network out: observe, find skips, split, quantize, calibrate, dequantize, fold, supervise skips."""
+"""Network in, network out: observe, find skips, equalize, split, quantize, calibrate, dequantize, fold, supervise skips."""
 
 from .calibrate import calibrate
+from .equalize import equalize
 from .fold import fold
 from .observe import Trace, observe
 from .quantize import dequantize, plan_of, plan_of_state, quantize, quantized_layers, set_quantizers
@@ -18,6 +19,7 @@ __all__ = [
     "attach_teacher",
     "calibrate",
     "dequantize",
+    "equalize",
     "find_skips",
     "fold",
     "inference_state",
