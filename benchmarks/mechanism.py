@@ -641,8 +641,8 @@ def collected(study: ssqat.Study, widths: str) -> dict[str, Any]:
     return {
         "kind": study.kind, "versions": versions(), "preset": study.comparison.preset, "width": preset.width,
         "widths": widths, "float_steps": preset.float_epochs * preset.steps_per_epoch,
-        "steps": study.epochs * preset.steps_per_epoch, "scale": study.scale, "learning_rate": ssqat.learning_rate(SUPERVISED, widths),
-        "supervision": ssqat.SUPERVISION, **found,
+        "steps": study.epochs * preset.steps_per_epoch, "scale": study.scale,
+        "learning_rate": ssqat.learning_rate(study.kind, SUPERVISED, widths), "supervision": ssqat.SUPERVISION, **found,
     }  # fmt: skip
 
 
