@@ -17,7 +17,7 @@ from monai_unetq.deploy import inspect_packed, unpack
 from monai_unetq.networks import FixedPointUNet
 from monai_unetq.plan import QuantPlan
 from monai_unetq.recipe import ssqat, ssqat_network, ssqat_plan
-from monai_unetq.surgery import calibrate, find_skips, quantized_layers, split
+from monai_unetq.surgery import calibrate, equalize, find_skips, quantized_layers, split
 from monai_unetq.training import bce_dice_loss, reestimate_norms
 
 EPOCHS = 3
@@ -149,6 +149,26 @@ def test_without_supervision_there_are_no_heads() -> None:
     calibrate(network, batches)
     assert isinstance(network.train()(batches[0]["image"]), Tensor)
     assert len(find_skips(network).splittable) == 3
+
+
+def test_channels_are_equalized_by_default() -> None:
+    batches = list(make_loader())
+
+    def gammas(network: nn.Module) -> Tensor:
+        return torch.cat(
+            [v for k, v in network.state_dict().items() if "norm" in k and k.endswith(".weight")]
+        )
+
+    def prepared(**more: Any) -> Tensor:
+        network = make_network()
+        ssqat_network(
+            network, bce_dice_loss(), batches, metric="sqnr", supervised=False, distilled=False, **more
+        )
+        return gammas(network)
+
+    before, after = gammas(make_network()), gammas(equalize(make_network(), batches))
+    assert not torch.equal(before, after)
+    assert torch.equal(prepared(), after) and torch.equal(prepared(equalized=False), before)
 
 
 @pytest.mark.parametrize("supervised", [True, False])
