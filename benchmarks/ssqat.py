@@ -394,11 +394,15 @@ def _slug(row: str) -> str:
 
 
 def collected(study: Study) -> dict[str, Any]:
-    """Everything that is there, as one document, to three decimals."""
+    """Everything that is there, as one document, to three decimals, or digits of what is below 1."""
+
+    def shortened(number: str) -> float:
+        value = float(number)
+        return round(value, 3) if abs(value) >= 1 else float(f"{value:.3g}")
 
     def read(file: Path) -> Any:
         text = file.read_text(encoding="utf-8")
-        return json.loads(text, parse_float=lambda number: round(float(number), 3))
+        return json.loads(text, parse_float=shortened)
 
     folder = study.out / study.kind
     files = sorted(folder.glob("W*/*/seed*/score.json")) + sorted(folder.glob("float/*/seed*/score.json"))

@@ -49,6 +49,25 @@ def test_changes_are_paired_by_unit(study: ModuleType) -> None:
     assert study.changes({"rows": rows}, "uniform", "W3A3", "dice") == [-1.0, 0.5, -2.0, -1.0]
 
 
+def test_candidates_stand_side_by_side(study: ModuleType) -> None:
+    rows = [
+        {"row": "float", "widths": "float", "dice": {"a": 90.0, "b": 80.0}, "nsd": {"a": 99.0}},
+        {"row": "uniform", "widths": "W2A2", "learning_rate": 1e-3, "dice": {"a": 70.0, "b": 72.0}, "nsd": {"a": 95.0}},
+        {"row": "uniform", "widths": "W2A2", "learning_rate": 1e-3, "dice": {"a": 60.0, "b": 62.0}, "nsd": {"a": 93.0}},
+        {"row": "uniform", "widths": "W2A2", "learning_rate": 3e-4, "dice": {"a": 50.0, "b": 52.0}, "nsd": {"a": 91.0}},
+        {"row": "Brevitas", "widths": "W2A4", "learning_rate": 1e-3, "dice": {"a": 1.0}, "nsd": {"a": 2.0}},
+    ]  # fmt: skip
+    lines = study.candidates_table({"validation": rows})
+    assert "(float: 85.0 / 99.0)" in lines[1]
+    assert lines[3:] == [
+        "| widths | row | 0.0003 | 0.001 |",
+        "|---|---|---:|---:|",
+        "| W2A4 | Brevitas |  | 1.0 / 2.0 |",
+        "| W2A2 | uniform | 51.0 / 91.0 | 66.0 / 94.0 (2 seeds) |",
+    ]
+    assert study.candidates_table({}) == []
+
+
 def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = write_phantom("em", tmp_path / "raw", dimensions=2, size=48, count=6)
     small = study.PRESETS["quick"]["em"]
@@ -58,7 +77,7 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
     base.mkdir(parents=True)
     torch.manual_seed(0)
     torch.save(uq.networks.FixedPointUNet(1, 1, width=2).state_dict(), base / "model.pt")
-    rows = ["float, trained on", "+ both (SS-QAT)", "+ teacher", "+ both + teacher", "Brevitas"]
+    rows = ["float, trained on", "+ both (SS-QAT)", "+ teacher", "+ all", "Brevitas"]
     arguments = [
         "em",
         "--dataset",
@@ -68,10 +87,15 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
         "--out",
         str(tmp_path / "out"),
     ]
-    arguments += ["--widths", "W3A4", "--rows", *rows, "--epochs", "2", "--metric", "fisher"]
+    arguments += ["--widths", "W3A4", "--epochs", "2", "--metric", "fisher"]
+    assert study.main([*arguments, "--rows", "+ equalization", "--candidates", "1e-3", "3e-4"]) == 0
+    arguments += ["--rows", *rows]
     assert study.main(arguments) == 0
     document = json.loads((tmp_path / "out" / "em.json").read_text())
     assert {row["row"] for row in document["rows"]} == {"float", *rows}
+    tried = {row.get("learning_rate"): row for row in document["validation"]}
+    assert tried.keys() == {None, 1e-3, 3e-4} and tried[None]["row"] == "float"
+    assert tried[1e-3]["dice"].keys().isdisjoint(document["rows"][0]["dice"])  # other cases than the test's
     (ours,) = (row for row in document["rows"] if row["row"] == "+ both (SS-QAT)")
     assert ours["steps"] == 4 and ours["weight_bytes"] > 0 and ours["bops"] > 0
     assert set(ours["dice"]) == set(ours["membrane_dice"]) and set(ours["nsd"]) == set(ours["hd95"])
@@ -86,5 +110,5 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
     study.main(["page", "--out", str(tmp_path / "out"), "--page", str(pages)])
     text = (pages / "ssqat.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| W3A4 | + both (SS-QAT) | 1 |" in text
+    assert "| W3A4 | + both (SS-QAT) | 1 |" in text and "| widths | row | 0.0003 | 0.001 |" in text
     assert json.loads((pages / "ssqat-em.json").read_text()) == document
