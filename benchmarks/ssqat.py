@@ -429,7 +429,7 @@ def changes(document: Mapping[str, Any], row: str, widths: str, measure: str) ->
 
 def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
     """The page's tables, made from the JSON documents alone."""
-    lines: list[str] = []
+    lines = beside_the_peers(documents)
     for kind, document in documents.items():
         (reference,) = (r for r in document["rows"] if r["row"] == FLOAT)
         measures = [m for m in MEASURES if m in reference]
@@ -463,6 +463,32 @@ def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
         ]  # fmt: skip
         lines += candidates_table(document)
     return "\n".join([*lines, ""])
+
+
+def beside_the_peers(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Ours beside the peer, and its learning rate, that has the best mean Dice on the test cases."""
+    lines = [
+        "", "Change of Dice / boundary Dice to float, with the number of seeds where there are several; the better peer at the "
+        "better of its learning rates, read off the test cases:", "",
+        "| | everything | + equalization | uniform | better peer |", "|---|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for (kind, document), widths in itertools.product(documents.items(), WIDTHS):
+
+        def cell(row: str, document: Mapping[str, Any] = document, widths: str = widths) -> str:
+            seeds = sum((r["row"], r["widths"]) == (row, widths) for r in document["rows"])
+            if not seeds:
+                return ""
+            dice, nsd = (float(np.mean(changes(document, row, widths, m))) for m in ("dice", "nsd"))
+            return f"{dice:+.1f} / {nsd:+.1f}" + (f" ({seeds})" if seeds > 1 else "")
+
+        peers = {row: changes(document, row, widths, "dice") for row in PEERS}
+        tried = {row: float(np.mean(found)) for row, found in peers.items() if found}
+        best = max(tried, key=lambda row: tried[row], default="")
+        ours = [cell(row) for row in ("+ all", "+ equalization", "uniform")]
+        if best or any(ours):
+            peer = f"{cell(best)} {best}" if best else ""
+            lines.append(f"| {kind.upper()}, {widths} | {' | '.join(ours)} | {peer} |")
+    return lines
 
 
 def candidates_table(document: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 import monai_unetq as uq
 from monai_unetq.datasets import write_phantom
 from tests.benchmarks.scripts import BENCHMARKS, load
+
+RESULTS = BENCHMARKS.parent / "docs" / "results"
 
 SCRIPT = BENCHMARKS / "ssqat.py"
 
@@ -47,6 +50,22 @@ def test_changes_are_paired_by_unit(study: ModuleType) -> None:
         {"row": "uniform", "widths": "W2A2", "seed": 0, "dice": {"a": 1.0, "b": 1.0}},
     ]
     assert study.changes({"rows": rows}, "uniform", "W3A3", "dice") == [-1.0, 0.5, -2.0, -1.0]
+
+
+def test_the_better_peer_is_the_one_with_more_dice(study: ModuleType) -> None:
+    numbers = {"float": 90.0, "+ all": 89.0, "uniform": 80.0, "Brevitas": 70.0, "modelopt, 1e-3": 75.5}
+    rows = [
+        {
+            "row": row,
+            "widths": "float" if row == "float" else "W2A2",
+            "dice": {"a": value},
+            "nsd": {"a": value + 1},
+        }
+        for row, value in numbers.items()
+    ]
+    rows.append({"row": "modelopt, 1e-3", "widths": "W2A2", "dice": {"a": 74.5}, "nsd": {"a": 72.0}})
+    *_, line = study.beside_the_peers({"gm": {"rows": rows}})
+    assert line == ("| GM, W2A2 | -1.0 / -1.0 |  | -10.0 / -10.0 | -15.0 / -16.8 (2) modelopt, 1e-3 |")
 
 
 def test_candidates_stand_side_by_side(study: ModuleType) -> None:
@@ -112,3 +131,14 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| W3A4 | + both (SS-QAT) | 1 |" in text and "| widths | row | 0.0003 | 0.001 |" in text
     assert json.loads((pages / "ssqat-em.json").read_text()) == document
+
+
+def test_the_page_is_made_from_the_documents_beside_it(study: ModuleType, tmp_path: Path) -> None:
+    pages, out = tmp_path / "pages", tmp_path / "out"
+    pages.mkdir()
+    out.mkdir()
+    shutil.copy(RESULTS / "ssqat.md", pages)
+    for kind in ("em", "gm", "nih"):
+        shutil.copy(RESULTS / f"ssqat-{kind}.json", out / f"{kind}.json")
+    assert study.main(["page", "--out", str(out), "--page", str(pages)]) == 0
+    assert (pages / "ssqat.md").read_text() == (RESULTS / "ssqat.md").read_text()
