@@ -379,7 +379,7 @@ def changed(found: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str,
 
 def error_part(study: ssqat.Study, widths: str, figure: Path) -> dict[str, Any]:
     """How many pixels of the test cases each trained row gets wrong, and where; and the first case's error map."""
-    cases = data_list(study.comparison.dataset, 0, "test")
+    cases = data_list(study.comparison.dataset, study.fold, "test")
     found: dict[str, Any] = {}
     for row in TRAINED:
         ssqat.run(study, row, widths, SEED)

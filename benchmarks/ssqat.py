@@ -32,6 +32,7 @@ from monai_unetq.datasets import data_list
 from monai_unetq.datasets.layout import Part
 from monai_unetq.files import write_json
 from monai_unetq.metrics import score as measures_of
+from monai_unetq.metrics import summarize
 from monai_unetq.recipe import ssqat_plan, versions
 from monai_unetq.reproduction.pages import interval, write_page
 from monai_unetq.reproduction.run import PRESETS, Comparison, alone, prediction_file, read_mask, score
@@ -46,6 +47,8 @@ examples:
   python benchmarks/ssqat.py em --dataset Dataset501_EM --study study --out ssqat --widths W3A3 W2A2 --seeds 0 1 2
   python benchmarks/ssqat.py gm --dataset Dataset502_GM --study study --out ssqat --widths W2A4 --rows uniform Brevitas \\
       --candidates 3e-4 1e-3
+  unetq reproduce gm --data Dataset502_GM --out study --rows "Full precision" --folds 0 1 2 3 4
+  python benchmarks/ssqat.py gm --dataset Dataset502_GM --study study --out ssqat --rows "+ equalization" --folds 0 1 2 3 4
   python benchmarks/ssqat.py page --out ssqat
 """
 
@@ -74,6 +77,9 @@ PARTS = {
     "+ teacher": Parts(distilled=True),
     "+ both + teacher": Parts(mixed=True, supervised=True, distilled=True),
     "+ equalization": Parts(equalized=True),
+    "+ equalization, mixed": Parts(mixed=True, equalized=True),
+    "+ equalization, supervision": Parts(supervised=True, equalized=True),
+    "+ equalization, teacher": Parts(distilled=True, equalized=True),
     "+ all": Parts(mixed=True, supervised=True, distilled=True, equalized=True),
 }
 
@@ -94,17 +100,23 @@ CALIBRATION_BATCHES = 8
 END_BITS = 8
 """Of the image, and of the first and last layer's weights, in every row."""
 
-MEASURES = ("dice", "membrane_dice", "nsd", "hd95")
+NAMES = {"dice": "Dice", "membrane_dice": "membrane Dice", "nsd": "boundary Dice", "hd95": "HD95 [px]"}
+MEASURES = tuple(NAMES)
+UNIFORM, EQUALIZED, EVERYTHING = "uniform", "+ equalization", "+ all"
+LIMITS = {"W4A4": 0.5, "W3A4": 0.5, "W2A4": 1.0}
+"""Of the drop of Dice, in points, at the widths that are asked to be as good as float."""
+
 MARKS = "<!-- made by benchmarks/ssqat.py -->", "<!-- end -->"
 
 
 @dataclass(frozen=True)
 class Study:
-    """One data set's float network, crops and test cases."""
+    """The float network, crops and test cases of one fold of a data set."""
 
     comparison: Comparison
     out: Path
     epochs: int
+    fold: int = 0
     scale: Any = "free"
     metric: Any = "sqnr"
 
@@ -114,7 +126,9 @@ class Study:
 
     def network(self) -> nn.Module:
         """The trained float network."""
-        file = self.comparison.folder / "float-relu" / f"fold0-seed{self.comparison.seed}" / "model.pt"
+        file = (
+            self.comparison.folder / "float-relu" / f"fold{self.fold}-seed{self.comparison.seed}" / "model.pt"
+        )
         network = uq.networks.FixedPointUNet(1, 1, width=self.comparison.settings.width)
         network.load_state_dict(torch.load(file, weights_only=True))
         return network.eval()
@@ -130,7 +144,7 @@ class Study:
 
     def inference(self, folder: Path, part: Part = "test") -> tuple[Any, Any, Any]:
         """The bundle's loader of the images of a part, its inferer, and what writes segmentations into a folder."""
-        images = [case["image"] for case in data_list(self.comparison.dataset, 0, part)]
+        images = [case["image"] for case in data_list(self.comparison.dataset, self.fold, part)]
         parser = self._parser("inference", output_dir=str(folder), model="", images=images)
         loader, inferer, postprocessing = (
             parser.get_parsed_content(name) for name in ("dataloader", "inferer", "postprocessing")
@@ -156,7 +170,7 @@ class Study:
         parser = ConfigParser()
         parser.read_config(str(self.comparison.bundle / "configs" / f"{config}.yaml"))
         parser.update(
-            {"bundle_root": str(self.comparison.bundle), "dataset_dir": str(self.comparison.dataset), "fold": 0,
+            {"bundle_root": str(self.comparison.bundle), "dataset_dir": str(self.comparison.dataset), "fold": self.fold,
              "device": "cpu", "width": self.comparison.settings.width, **more}
         )  # fmt: skip
         parser.parse()
@@ -320,10 +334,11 @@ def train(
 def folder_of(study: Study, row: str, widths: str, seed: int, candidate: float | None = None) -> Path:
     """Where a row is kept: ``score.json``, ``predictions``, and of ours ``model.unetq``; see ``run``."""
     bits = widths if row not in (FLOAT, CONTROL) else "float"
+    training = f"fold{study.fold}-seed{seed}"
     if candidate is not None:
         name = _slug(row) if row == FLOAT else f"{_slug(row)}-{candidate:g}"
-        return study.out / study.kind / "validation" / bits / name / f"seed{seed}"
-    return study.out / study.kind / bits / _slug(row) / f"seed{seed}"
+        return study.out / study.kind / "validation" / bits / name / training
+    return study.out / study.kind / bits / _slug(row) / training
 
 
 def run(study: Study, row: str, widths: str, seed: int, candidate: float | None = None) -> dict[str, Any]:
@@ -338,7 +353,7 @@ def run(study: Study, row: str, widths: str, seed: int, candidate: float | None 
         seed_everything(0, loader)
         batches = [batch for batch, _ in zip(loader, range(CALIBRATION_BATCHES), strict=False)]
         torch.manual_seed(seed)
-        result: dict[str, Any] = {"row": row, "widths": widths, "seed": seed}
+        result: dict[str, Any] = {"row": row, "widths": widths, "fold": study.fold, "seed": seed}
         network = study.network()
         with contextlib.redirect_stdout(sys.stderr):  # peers print what they do
             if row in PEERS:
@@ -374,7 +389,7 @@ def run(study: Study, row: str, widths: str, seed: int, candidate: float | None 
 
 def tested(study: Study, predictions: Path, part: Part = "test") -> dict[str, Any]:
     """Dice of each unit (EM: slice; GM: person; NIH: patient); boundary Dice and HD95 of each slice with the structure."""
-    cases = data_list(study.comparison.dataset, 0, part)
+    cases = data_list(study.comparison.dataset, study.fold, part)
     found: dict[str, Any] = score(study.comparison.kind, cases, predictions)
     found |= {"nsd": {}, "hd95": {}}
     for case in cases:
@@ -405,8 +420,8 @@ def collected(study: Study) -> dict[str, Any]:
         return json.loads(text, parse_float=shortened)
 
     folder = study.out / study.kind
-    files = sorted(folder.glob("W*/*/seed*/score.json")) + sorted(folder.glob("float/*/seed*/score.json"))
-    candidates = sorted((folder / "validation").glob("*/*/seed*/score.json"))
+    files = sorted(folder.glob("W*/*/fold*/score.json")) + sorted(folder.glob("float/*/fold*/score.json"))
+    candidates = sorted((folder / "validation").glob("*/*/fold*/score.json"))
     settings = study.comparison.settings
     return {
         "kind": study.kind, "versions": versions(), "preset": study.comparison.preset, "width": settings.width,
@@ -416,46 +431,74 @@ def collected(study: Study) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def changes(document: Mapping[str, Any], row: str, widths: str, measure: str) -> list[float]:
-    """Change to the float network, one number for each unit and seed."""
-    (reference,) = (r for r in document["rows"] if r["row"] == FLOAT)
+def trainings(
+    document: Mapping[str, Any], row: str, widths: str, folds: Sequence[int] | None = None
+) -> list[Mapping[str, Any]]:
+    """The trainings of a row, in some folds or in all."""
     return [
-        value - reference[measure][unit]
+        found
         for found in document["rows"]
-        if (found["row"], found["widths"]) == (row, widths) and measure in found
+        if (found["row"], found["widths"]) == (row, widths) and (folds is None or found["fold"] in folds)
+    ]
+
+
+def folds_of(found: Sequence[Mapping[str, Any]]) -> list[int]:
+    return sorted({training["fold"] for training in found})
+
+
+def counted(found: Sequence[Mapping[str, Any]]) -> str:
+    """How many trainings, and in how many folds where there are several."""
+    folds = len(folds_of(found))
+    return f"{len(found)} in {folds} folds" if folds > 1 else f"{len(found)}"
+
+
+def changes(
+    document: Mapping[str, Any], row: str, widths: str, measure: str, folds: Sequence[int] | None = None
+) -> list[float]:
+    """Change to the fold's float network, one number for each unit and training, in some folds or in all."""
+    references = {found["fold"]: found for found in document["rows"] if found["row"] == FLOAT}
+    return [
+        value - references[found["fold"]][measure][unit]
+        for found in trainings(document, row, widths, folds)
+        if measure in found
         for unit, value in found[measure].items()
     ]
 
 
+def mean_change(
+    document: Mapping[str, Any], row: str, widths: str, measure: str, folds: Sequence[int]
+) -> float:
+    """Mean over folds, each of which counts the same however many trainings and units it has."""
+    return float(np.mean([np.mean(changes(document, row, widths, measure, [fold])) for fold in folds]))
+
+
 def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
     """The page's tables, made from the JSON documents alone."""
-    lines = beside_the_peers(documents)
+    lines = beside_the_peers(documents) + bounds_table(documents)
     for kind, document in documents.items():
-        (reference,) = (r for r in document["rows"] if r["row"] == FLOAT)
-        measures = [m for m in MEASURES if m in reference]
-        names = {
-            "dice": "Dice",
-            "membrane_dice": "membrane Dice",
-            "nsd": "boundary Dice",
-            "hd95": "HD95 [px]",
-        }
-        float_line = ", ".join(f"{names[m]} {np.mean(list(reference[m].values())):.2f}" for m in measures)
-        lines += ["", f"## {kind.upper()}", "", f"Float: {float_line}. Change to it, mean and 95 % interval over test units and seeds:", ""]  # fmt: skip
+        references = trainings(document, FLOAT, FLOAT)
+        measures = [m for m in MEASURES if m in references[0]]
+        lines += ["", f"## {kind.upper()}", ""]
+        for reference in references:
+            means = ", ".join(f"{NAMES[m]} {np.mean(list(reference[m].values())):.2f}" for m in measures)
+            fold = f" of fold {reference['fold']}" if len(references) > 1 else ""
+            lines.append(f"Float network{fold}: {means}.")
         lines += [
-            "| widths | row | seeds | weights [KiB] | GBOPs | "
-            + " | ".join(names[m] for m in measures)
-            + " |"
-        ]
+            "", "Change to the fold's float network, mean and 95 % interval over test units and trainings:", "",
+            "| widths | row | trainings | weights [KiB] | GBOPs | " + " | ".join(NAMES[m] for m in measures) + " |",
+        ]  # fmt: skip
         lines += ["|---|---|---:|---:|---:|" + "---:|" * len(measures)]
         for widths in (FLOAT, *WIDTHS):
             for row in (CONTROL,) if widths == FLOAT else ROWS:
-                found = [r for r in document["rows"] if (r["row"], r["widths"]) == (row, widths)]
+                found = trainings(document, row, widths)
                 if not found:
                     continue
                 size = f"{found[0]['weight_bytes'] / 1024:.1f}" if "weight_bytes" in found[0] else ""
                 bops = f"{found[0]['bops'] / 1e9:.1f}" if "bops" in found[0] else ""
                 cells = [interval(changes(document, row, widths, m), "+") for m in measures]
-                lines.append(f"| {widths} | {row} | {len(found)} | {size} | {bops} | {' | '.join(cells)} |")
+                lines.append(
+                    f"| {widths} | {row} | {counted(found)} | {size} | {bops} | {' | '.join(cells)} |"
+                )
         lines += [
             "", f"Width {document['width']}, {document['float_steps']} float steps, then {document['steps']} steps for every "
             f"row, batch {document['batch_size']}, crops {'×'.join(map(str, document['patch_size']))}, {document['scale']} "
@@ -466,28 +509,90 @@ def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def beside_the_peers(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Ours beside the peer, and its learning rate, that has the best mean Dice on the test cases."""
+    """Ours beside the peer, and its learning rate, that has the best mean Dice on the test cases, in the same folds."""
     lines = [
-        "", "Change of Dice / boundary Dice to float, with the number of seeds where there are several; the better peer at the "
-        "better of its learning rates, read off the test cases:", "",
-        "| | everything | + equalization | uniform | better peer |", "|---|---:|---:|---:|---:|",
+        "", "Change of Dice / boundary Dice to float, mean over the folds in which all cells of a line were trained, with the "
+        "number of trainings where there are several; the better peer at the better of its learning rates, read off "
+        "the test cases:", "",
+        "| | everything | + equalization | uniform | better peer | of the peer's loss |", "|---|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
+    ahead = []
     for (kind, document), widths in itertools.product(documents.items(), WIDTHS):
+        folds = folds_of(trainings(document, EQUALIZED, widths))
+        peers = [row for row in PEERS if set(folds) & set(folds_of(trainings(document, row, widths)))]
+        folds = [
+            fold
+            for fold in folds
+            if not peers or any(trainings(document, row, widths, [fold]) for row in peers)
+        ]
+        if not folds:
+            continue
 
-        def cell(row: str, document: Mapping[str, Any] = document, widths: str = widths) -> str:
-            seeds = sum((r["row"], r["widths"]) == (row, widths) for r in document["rows"])
-            if not seeds:
+        def change(
+            row: str, measure: str, document: Any = document, widths: str = widths, folds: list[int] = folds
+        ) -> float:
+            return mean_change(document, row, widths, measure, folds)
+
+        def cell(
+            row: str,
+            document: Any = document,
+            widths: str = widths,
+            folds: list[int] = folds,
+            change: Any = change,
+        ) -> str:
+            found = trainings(document, row, widths, folds)
+            if folds_of(found) != folds:
                 return ""
-            dice, nsd = (float(np.mean(changes(document, row, widths, m))) for m in ("dice", "nsd"))
-            return f"{dice:+.1f} / {nsd:+.1f}" + (f" ({seeds})" if seeds > 1 else "")
+            many = f" ({len(found)})" if len(found) > 1 else ""
+            return f"{change(row, 'dice'):+.1f} / {change(row, 'nsd'):+.1f}{many}"
 
-        peers = {row: changes(document, row, widths, "dice") for row in PEERS}
-        tried = {row: float(np.mean(found)) for row, found in peers.items() if found}
+        tried = {row: change(row, "dice") for row in peers if cell(row)}
         best = max(tried, key=lambda row: tried[row], default="")
-        ours = [cell(row) for row in ("+ all", "+ equalization", "uniform")]
-        if best or any(ours):
-            peer = f"{cell(best)} {best}" if best else ""
-            lines.append(f"| {kind.upper()}, {widths} | {' | '.join(ours)} | {peer} |")
+        share = ""
+        if best:
+            ahead.append(change(EQUALIZED, "nsd") - change(best, "nsd"))
+            lost = -change(EQUALIZED, "dice")
+            # What is within a point of float differs by seeds and cases, not by the method.
+            share = f"{max(lost, 0) / -tried[best]:.2f}" if -tried[best] > 1 else ""
+        name = f"{kind.upper()}, {widths}" + (f", {len(folds)} folds" if len(folds) > 1 else "")
+        cells = [
+            cell(EVERYTHING),
+            cell(EQUALIZED),
+            cell(UNIFORM),
+            f"{cell(best)} {best}" if best else "",
+            share,
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    if ahead:
+        lines += [
+            "", f"Boundary Dice of `{EQUALIZED}` is ahead of the better peer's by {np.mean(ahead):+.1f} on average over these "
+            f"{len(ahead)} lines, by {min(ahead):+.2f} where least. Of the peer's loss: ours over its, where it loses more than 1.",
+        ]  # fmt: skip
+    return lines
+
+
+def bounds_table(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Upper bounds of what is lost at 4-bit activations, beside the limits that are asked for."""
+    rows = (CONTROL, UNIFORM, EQUALIZED, EVERYTHING)
+    lines = [
+        "", "Drop from float, upper 95 % bound (two-sided interval, over test units and trainings; none of a single number):", "",
+        f"| | at most | {' | '.join(rows)} |", "|---|---:|" + "---:|" * len(rows),
+    ]  # fmt: skip
+    for (kind, document), (widths, limit) in itertools.product(documents.items(), LIMITS.items()):
+        for measure in ("dice", "membrane_dice"):
+            cells = []
+            for row in rows:
+                found = changes(document, row, FLOAT if row == CONTROL else widths, measure)
+                trained = trainings(document, row, FLOAT if row == CONTROL else widths)
+                if len(found) > 1:
+                    bound = summarize({str(number): -change for number, change in enumerate(found)}).high
+                    cells.append(f"{bound:+.2f}" + (f" ({counted(trained)})" if len(trained) > 1 else ""))
+                else:
+                    cells.append("")
+            if any(cells[1:]):
+                lines.append(
+                    f"| {kind.upper()}, {widths}, {NAMES[measure]} | {limit:.1f} | {' | '.join(cells)} |"
+                )
     return lines
 
 
@@ -497,15 +602,15 @@ def candidates_table(document: Mapping[str, Any]) -> list[str]:
     rates = sorted({row["learning_rate"] for row in rows if "learning_rate" in row})
     if not rates:
         return []
-    (reference,) = (row for row in rows if row["row"] == FLOAT)
+    references = [row for row in rows if row["row"] == FLOAT]
 
     def cell(found: Sequence[Mapping[str, Any]], rate: float) -> str:
         tried = [row for row in found if row["learning_rate"] == rate]
-        seeds = f" ({len(tried)} seeds)" if len(tried) > 1 else ""
-        return dice_and_boundary(tried) + seeds if tried else ""
+        many = f" ({len(tried)} trainings)" if len(tried) > 1 else ""
+        return dice_and_boundary(tried) + many if tried else ""
 
     lines = [
-        "", f"On the validation cases (float: {dice_and_boundary([reference])}), Dice / boundary Dice by learning rate:", "",
+        "", f"On the validation cases (float: {dice_and_boundary(references)}), Dice / boundary Dice by learning rate:", "",
         "| widths | row | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---|---|" + "---:|" * len(rates),
     ]  # fmt: skip
     for widths, name in itertools.product((FLOAT, *WIDTHS), (CONTROL, *ROWS)):
@@ -563,6 +668,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--rows", nargs="+", choices=(CONTROL, *ROWS), default=(CONTROL, *ROWS), metavar="ROW"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="(default: 0)")
+    parser.add_argument("--folds", type=int, nargs="+", default=[0], metavar="K", help="(default: 0)")
     parser.add_argument(
         "--metric", choices=("hessian", "fisher", "sqnr"), default="sqnr", help="(%(default)s)"
     )
@@ -579,16 +685,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     study = replace(study_of(options), scale=options.scale, metric=options.metric)
     rates: list[float | None] = list(options.candidates) or [None]
-    jobs: list[tuple[str, str, int, float | None]] = [(FLOAT, FLOAT, 0, rates[0])]
-    for seed, rate in itertools.product(options.seeds, rates):
-        jobs += [(CONTROL, FLOAT, seed, rate)] if CONTROL in options.rows else []
-        trained = [row for row in options.rows if row != CONTROL]
-        jobs += [(row, widths, seed, rate) for widths in options.widths for row in trained]
-    for row, widths, seed, rate in tqdm(jobs, desc=f"{options.kind}: rows", unit="row", disable=None):
-        found = run(study, row, widths, seed, rate)
+    jobs: list[tuple[int, str, str, int, float | None]] = []
+    for fold in options.folds:
+        jobs.append((fold, FLOAT, FLOAT, 0, rates[0]))
+        for seed, rate in itertools.product(options.seeds, rates):
+            jobs += [(fold, CONTROL, FLOAT, seed, rate)] if CONTROL in options.rows else []
+            trained = [row for row in options.rows if row != CONTROL]
+            jobs += [(fold, row, widths, seed, rate) for widths in options.widths for row in trained]
+    for fold, row, widths, seed, rate in tqdm(jobs, desc=f"{options.kind}: rows", unit="row", disable=None):
+        found = run(replace(study, fold=fold), row, widths, seed, rate)
         candidate = "" if rate is None else f", learning rate {rate:g}, validation"
         measured = dice_and_boundary([found])
-        tqdm.write(f"{options.kind} {widths} {row} seed {seed}{candidate}: Dice / boundary Dice {measured}")
+        tqdm.write(
+            f"{options.kind} fold {fold} {widths} {row} seed {seed}{candidate}: Dice / boundary Dice {measured}"
+        )
         write_json(options.out / f"{options.kind}.json", collected(study))
     return 0
 

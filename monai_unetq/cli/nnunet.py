@@ -111,6 +111,10 @@ def add_nnunet_command(commands: Any, command: Callable[..., argparse.ArgumentPa
     ):
         plan.add_argument(f"--{name}", type=kind, metavar="N", help=text)
     plan.add_argument(
+        "--no-equalization", dest="equalized", action="store_const", const=False,
+        help="leave the channels of activations at the ranges that they have",
+    )  # fmt: skip
+    plan.add_argument(
         "--base-trainer", metavar="NAME", help="trainer of the float network (default: nnUNetTrainer)"
     )
     plan.set_defaults(run=_plan, after_interrupt="; nothing was written", parser=plan)
@@ -118,7 +122,7 @@ def add_nnunet_command(commands: Any, command: Callable[..., argparse.ArgumentPa
 
 _KEYS = (
     "weights", "budget", "choices", "activations", "scale", "metric", "epochs", "float_epochs", "iterations",
-    "val_iterations", "learning_rate", "supervision", "distillation", "calibration_batches", "base_trainer",
+    "val_iterations", "learning_rate", "supervision", "distillation", "equalized", "calibration_batches", "base_trainer",
 )  # fmt: skip
 """Of the request, as the options spell them."""
 

@@ -46,7 +46,8 @@ class Request:
         learning_rate: Adam's, of quantization-aware training.
         supervision: λ at the beginning, weight of the heads on the skips; 0 for none.
         distillation: μ, weight of the float network as a teacher; 0 for none.
-        calibration_batches: batches of training cases for calibration and sensitivities.
+        equalized: whether the channels of activations are brought to one range first, see ``surgery.equalize``.
+        calibration_batches: batches of training cases for equalization, calibration and sensitivities.
     """
 
     base_plans: str | None = None
@@ -64,6 +65,7 @@ class Request:
     learning_rate: float = 1e-3
     supervision: float = 0.1
     distillation: float = 1.0
+    equalized: bool = True
     calibration_batches: int = 8
 
     def __post_init__(self) -> None:
@@ -90,6 +92,8 @@ class Request:
         _check("learning_rate", self.learning_rate, (int, float), 0)
         if self.learning_rate == 0:
             raise ValueError("learning_rate is 0, expected a positive number")
+        if not isinstance(self.equalized, bool):
+            raise ValueError(f"equalized is {self.equalized!r}, expected true or false")
         for name, known in (("scale", Scale), ("metric", Metric)):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(

@@ -1,8 +1,8 @@
 """nnU-Net's trainers that quantize: ``nnUNetTrainerSSQAT``, ``nnUNetTrainerQAT`` and ``nnUNetTrainerFixedPoint``.
 
 One training has two phases. The float phase is nnU-Net's own, and is skipped where its weights are there already. In
-front of the first quantized epoch the network is split, its bits are allocated, and it is quantized and calibrated on
-training cases of the fold; from then on it is trained quantized. Checkpoints hold the network without what only
+front of the first quantized epoch the network is equalized and split, its bits are allocated, and it is quantized and
+calibrated on training cases of the fold; from then on it is trained quantized. Checkpoints hold the network without what only
 training needs, so that nnU-Net's own commands load them.
 """
 
@@ -34,6 +34,7 @@ from ..surgery import (
     attach_supervision,
     attach_teacher,
     calibrate,
+    equalize,
     fold,
     inference_state,
     plan_of,
@@ -278,6 +279,10 @@ class _QuantizingTrainer(nnUNetTrainer):
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.request.distillation:
                 replace_file(self._float_file, lambda path: torch.save(weights, path))
+        if self.request.equalized:
+            # With deep supervision, or the layers that only it runs would not follow what they read.
+            network.decoder.deep_supervision = True  # type: ignore[union-attr]
+            equalize(network, batches)
         with without_deep_supervision(network):
             # Processes could measure differently; DDP would share the state of formats, not what is computed with.
             plan = QuantPlan.from_json(from_first(self._plan(network, batches).to_json))

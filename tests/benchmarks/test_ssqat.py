@@ -42,30 +42,71 @@ def test_a_mixed_plan_may_take_what_the_uniform_one_takes(study: ModuleType) -> 
     assert float(found[1]) == pytest.approx(2 + 6 * 256 / values, abs=2e-6)
 
 
-def test_changes_are_paired_by_unit(study: ModuleType) -> None:
-    rows: list[dict[str, Any]] = [
-        {"row": "float", "widths": "float", "seed": 0, "dice": {"a": 90.0, "b": 80.0}},
-        {"row": "uniform", "widths": "W3A3", "seed": 0, "dice": {"a": 89.0, "b": 80.5}},
-        {"row": "uniform", "widths": "W3A3", "seed": 1, "dice": {"a": 88.0, "b": 79.0}},
-        {"row": "uniform", "widths": "W2A2", "seed": 0, "dice": {"a": 1.0, "b": 1.0}},
+def row(name: str, widths: str, fold: int, seed: int = 0, **measures: Any) -> dict[str, Any]:
+    return {"row": name, "widths": widths, "fold": fold, "seed": seed, **measures}
+
+
+def test_changes_are_paired_by_unit_within_a_fold(study: ModuleType) -> None:
+    rows = [
+        row("float", "float", 0, dice={"a": 90.0, "b": 80.0}),
+        row("float", "float", 1, dice={"c": 50.0}),
+        row("uniform", "W3A3", 0, dice={"a": 89.0, "b": 80.5}),
+        row("uniform", "W3A3", 0, seed=1, dice={"a": 88.0, "b": 79.0}),
+        row("uniform", "W3A3", 1, dice={"c": 53.0}),
+        row("uniform", "W2A2", 0, dice={"a": 1.0, "b": 1.0}),
     ]
-    assert study.changes({"rows": rows}, "uniform", "W3A3", "dice") == [-1.0, 0.5, -2.0, -1.0]
+    document = {"rows": rows}
+    assert study.changes(document, "uniform", "W3A3", "dice") == [-1.0, 0.5, -2.0, -1.0, 3.0]
+    assert study.changes(document, "uniform", "W3A3", "dice", [1]) == [3.0]
+    # Fold 0 loses 0.875 in two trainings, fold 1 gains 3 in one: both count the same.
+    assert study.mean_change(document, "uniform", "W3A3", "dice", [0, 1]) == pytest.approx((3 - 0.875) / 2)
+
+
+def compared(numbers: dict[str, float], fold: int) -> list[dict[str, Any]]:
+    return [
+        row(name, "float" if name == "float" else "W2A2", fold, dice={"a": value}, nsd={"a": value + 1})
+        for name, value in numbers.items()
+    ]
 
 
 def test_the_better_peer_is_the_one_with_more_dice(study: ModuleType) -> None:
-    numbers = {"float": 90.0, "+ all": 89.0, "uniform": 80.0, "Brevitas": 70.0, "modelopt, 1e-3": 75.5}
+    numbers = {"float": 90.0, "+ all": 89.0, "+ equalization": 87.0, "uniform": 80.0, "Brevitas": 70.0}
+    rows = compared({**numbers, "modelopt, 1e-3": 75.5}, 0)
+    rows.append(row("modelopt, 1e-3", "W2A2", 0, seed=1, dice={"a": 74.5}, nsd={"a": 72.0}))
+    lines = study.beside_the_peers({"gm": {"rows": rows}})
+    assert (
+        lines[5]
+        == "| GM, W2A2 | -1.0 / -1.0 | -3.0 / -3.0 | -10.0 / -10.0 | -15.0 / -16.8 (2) modelopt, 1e-3 | 0.20 |"
+    )
+    # Boundary Dice: 88 of ours beside the mean of 76.5 and 72.
+    assert (
+        "ahead of the better peer's by +13.8 on average over these 1 lines, by +13.75 where least"
+        in lines[-1]
+    )
+
+
+def test_only_the_same_folds_are_compared(study: ModuleType) -> None:
+    numbers = {"float": 90.0, "+ equalization": 88.0, "Brevitas": 80.0, "uniform": 85.0}
+    rows = compared(numbers, 0) + compared({**numbers, "+ equalization": 90.0, "Brevitas": 70.0}, 2)
+    rows += compared({"float": 90.0, "+ equalization": 0.0}, 1)  # no peer was trained there
+    rows = [found for found in rows if (found["row"], found["fold"]) != ("uniform", 2)]
+    line = study.beside_the_peers({"gm": {"rows": rows}})[5]
+    assert line == "| GM, W2A2, 2 folds |  | -1.0 / -1.0 (2) |  | -15.0 / -15.0 (2) Brevitas | 0.07 |"
+
+
+def test_bounds_of_the_drop(study: ModuleType) -> None:
     rows = [
-        {
-            "row": row,
-            "widths": "float" if row == "float" else "W2A2",
-            "dice": {"a": value},
-            "nsd": {"a": value + 1},
-        }
-        for row, value in numbers.items()
+        row("float", "float", 0, dice={"a": 90.0}),
+        row("float", "float", 1, dice={"b": 80.0}),
+        row("+ equalization", "W3A4", 0, dice={"a": 89.0}),
+        row("+ equalization", "W3A4", 1, dice={"b": 80.0}),
+        row("+ equalization", "W2A4", 0, dice={"a": 89.0}),
+        row("uniform", "W2A2", 0, dice={"a": 89.0}),
     ]
-    rows.append({"row": "modelopt, 1e-3", "widths": "W2A2", "dice": {"a": 74.5}, "nsd": {"a": 72.0}})
-    *_, line = study.beside_the_peers({"gm": {"rows": rows}})
-    assert line == ("| GM, W2A2 | -1.0 / -1.0 |  | -10.0 / -10.0 | -15.0 / -16.8 (2) modelopt, 1e-3 |")
+    # Drops of 1 and 0: mean 0.5, standard error 0.5, and t = 12.706 with one degree of freedom.
+    assert study.bounds_table({"gm": {"rows": rows}})[5:] == [
+        "| GM, W3A4, Dice | 0.5 |  |  | +6.85 (2 in 2 folds) |  |"
+    ]
 
 
 def test_candidates_stand_side_by_side(study: ModuleType) -> None:
@@ -82,7 +123,7 @@ def test_candidates_stand_side_by_side(study: ModuleType) -> None:
         "| widths | row | 0.0003 | 0.001 |",
         "|---|---|---:|---:|",
         "| W2A4 | Brevitas |  | 1.0 / 2.0 |",
-        "| W2A2 | uniform | 51.0 / 91.0 | 66.0 / 94.0 (2 seeds) |",
+        "| W2A2 | uniform | 51.0 / 91.0 | 66.0 / 94.0 (2 trainings) |",
     ]
     assert study.candidates_table({}) == []
 
@@ -118,7 +159,7 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
     (ours,) = (row for row in document["rows"] if row["row"] == "+ both (SS-QAT)")
     assert ours["steps"] == 4 and ours["weight_bytes"] > 0 and ours["bops"] > 0
     assert set(ours["dice"]) == set(ours["membrane_dice"]) and set(ours["nsd"]) == set(ours["hd95"])
-    packed = tmp_path / "out" / "em" / "W3A4" / "both--ss-qat" / "seed0" / "model.unetq"
+    packed = tmp_path / "out" / "em" / "W3A4" / "both--ss-qat" / "fold0-seed0" / "model.unetq"
     assert uq.inspect_packed(packed)["plan"]["layers"]["decoder.0.conv1"]["parts"] == [["skip", 8], ["up", 8]]
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("score.json")}
     study.main(arguments)

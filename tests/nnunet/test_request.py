@@ -46,6 +46,7 @@ def test_a_budget_for_activations_decides_on_them() -> None:
         ({"learning_rate": 0}, "learning_rate is 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"supervision": -1}, "supervision is -1, expected a number from 0 on"),
+        ({"equalized": 1}, "equalized is 1, expected true or false"),
         ({"scale": "log"}, "scale is 'log', expected one of power-of-two, free"),
         ({"metric": "luck"}, "metric is 'luck'"),
         ([], "found list, expected an object"),

@@ -282,6 +282,29 @@ def test_no_validation_case_reaches_calibration_sensitivities_or_training(
     assert validated and loaded and not set(loaded) & set(validation)
 
 
+@pytest.mark.parametrize(("equalized", "deep_supervision"), [(True, True), (True, False), (False, True)])
+def test_equalization_leaves_the_float_network_what_it_is(
+    folders: Path, equalized: bool, deep_supervision: bool
+) -> None:
+    trainer = make(folders, nnUNetTrainerSSQAT, {**MIXED, "equalized": equalized})
+    trainer.enable_deep_supervision = deep_supervision
+    trainer.initialize()
+    norm = trainer.core.encoder.stages[0][0].convs[0].norm
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.1, 2.0, len(norm.weight)))
+    weights = copy.deepcopy(trainer.core.state_dict())
+    trainer.current_epoch = trainer.float_epochs
+    trainer._begin_quantized()
+    moved = not torch.equal(trainer.core.encoder.stages[0][0].convs[0].norm.weight, norm.weight)
+    assert moved == equalized
+    found = set_quantizers(uq.strip(trainer.core), False).eval()
+    assert found.decoder.deep_supervision == deep_supervision  # type: ignore[union-attr]
+    image = torch.randn(1, 1, 32, 32)
+    outputs = [network(image) for network in (trainer._float_network(weights), found)]
+    pairs = zip(*outputs, strict=True) if deep_supervision else [outputs]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+
+
 def test_the_moving_average_begins_anew_with_the_quantized_network(folders: Path) -> None:
     trainer = make(folders, nnUNetTrainerQAT, {**UNIFORM, "float_epochs": 2})
     logged = trained(trainer)["logging"]

@@ -193,6 +193,7 @@ def test_few_bits_hurt_no_more_than_where_the_channels_were_even() -> None:
             uq.quantize(network, uq.QuantPlan.uniform(network, "int8", "int4", scale="free"), image)
             uq.calibrate(network, [image])
             errors.append(float((network(image) - wanted).square().mean() / wanted.var()))
+    # Not equal: ranges are rounded to powers of two, and the even network's own were not all the same.
     assert errors[2] < 1.5 * errors[0] and 10 * errors[0] < errors[1]
 
 
