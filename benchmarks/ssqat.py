@@ -56,6 +56,8 @@ WIDTHS = ("W4A4", "W3A4", "W2A4", "W3A3", "W2A2")
 FLOAT, CONTROL = "float", "float, trained on"
 PEERS = {"Brevitas": 3e-4, "modelopt": 3e-4, "Brevitas, 1e-3": 1e-3, "modelopt, 1e-3": 1e-3}
 """With their learning rate: of the two, neither is better for them everywhere."""
+EQUALIZED_PEER = "Brevitas, equalized"
+"""A peer's quantizers on our equalized float network, to tell what is whose."""
 
 
 class Parts(NamedTuple):
@@ -83,7 +85,7 @@ PARTS = {
     "+ all": Parts(mixed=True, supervised=True, distilled=True, equalized=True),
 }
 
-ROWS = (*PARTS, *PEERS)
+ROWS = (*PARTS, *PEERS, EQUALIZED_PEER)
 LEARNING_RATE = 3e-4
 COARSE_LEARNING_RATE = 1e-3
 """Ours, the latter with 2-bit activations: each the better of the two in the pilot on validation cases."""
@@ -185,10 +187,10 @@ def bits_of(widths: str) -> tuple[int, int]:
 
 def learning_rate(kind: str, row: str, widths: str) -> float:
     """Of a row on the test cases."""
+    if row == EQUALIZED_PEER or (row in PARTS and PARTS[row].equalized):
+        return EQUALIZED_LEARNING_RATES[kind]
     if row not in PARTS:
         return PEERS.get(row, CONTROL_LEARNING_RATE)
-    if PARTS[row].equalized:
-        return EQUALIZED_LEARNING_RATES[kind]
     return LEARNING_RATE if bits_of(widths)[1] > 2 else COARSE_LEARNING_RATE
 
 
@@ -356,7 +358,8 @@ def run(study: Study, row: str, widths: str, seed: int, candidate: float | None 
         result: dict[str, Any] = {"row": row, "widths": widths, "fold": study.fold, "seed": seed}
         network = study.network()
         with contextlib.redirect_stdout(sys.stderr):  # peers print what they do
-            if row in PEERS:
+            if row in PEERS or row == EQUALIZED_PEER:
+                network = uq.equalize(network, batches) if row == EQUALIZED_PEER else network
                 network = (brevitas if row.startswith("Brevitas") else modelopt)(network, widths, batches)
             elif row in PARTS:
                 network = ours(study, row, widths, batches, loss, study.out / study.kind / widths)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,52 @@ from tqdm import tqdm
 from .engine import Engine, load, read_export
 from .verify import labels
 
-__all__ = ["read_image", "run_images"]
+__all__ = ["find_cases", "read_image", "run_images"]
 
 _DIVISOR = 32
 """Of an image's sizes, for five levels."""
 
 _ENDINGS = (".png", ".nii", ".nii.gz", ".mha", ".nrrd", ".npy")
+_CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
+"""How nnU-Net names the file of one channel of a case, without its ending."""
+
+
+def find_cases(data: Path, channels: int) -> dict[str, list[Path]]:
+    """The files of each image of a folder: its name → one file a channel.
+
+    With one channel every file is an image. With several, files are named as nnU-Net's: ``CASE_0000.nii.gz``,
+    ``CASE_0001.nii.gz``, ….
+
+    Args:
+        data: the folder.
+        channels: of the network's input.
+
+    Raises:
+        FileNotFoundError: if there is no image, or a channel of one is missing.
+        ValueError: with several channels, if a name has no channel's number, or one that the network does not read.
+    """
+    files = sorted(file for file in data.glob("*") if file.name.lower().endswith(_ENDINGS))
+    if not files:
+        raise FileNotFoundError(f"{data}: found no image, expected {', '.join(_ENDINGS)}")
+    if channels == 1:
+        return {file.name: [file] for file in files}
+    cases: dict[str, dict[int, Path]] = {}
+    for file in files:
+        ending = next(e for e in sorted(_ENDINGS, key=len, reverse=True) if file.name.lower().endswith(e))
+        named = _CHANNEL.fullmatch(file.name[: -len(ending)])
+        if named is None or int(named["channel"]) >= channels:
+            raise ValueError(
+                f"{file}: the network reads {channels} channels, expected the name CASE_0000{ending} to "
+                f"CASE_{channels - 1:04d}{ending}, one file a channel"
+            )
+        cases.setdefault(named["case"], {})[int(named["channel"])] = file
+    for case, found in cases.items():
+        missing = sorted(set(range(channels)) - set(found))
+        if missing:
+            raise FileNotFoundError(
+                f"{data}: case {case} has no channel {missing[0]:04d}; the network reads {channels}"
+            )
+    return {case: [found[channel] for channel in range(channels)] for case, found in cases.items()}
 
 
 def read_image(file: Path, dimensions: int) -> np.ndarray:
@@ -55,7 +97,7 @@ def run_images(folder: Path, data: Path, against: Path | None = None) -> list[di
 
     Args:
         folder: an export.
-        data: images.
+        data: images; see ``find_cases``.
         against: another export of the same network, which runs on the same images.
 
     Returns:
@@ -63,37 +105,45 @@ def run_images(folder: Path, data: Path, against: Path | None = None) -> list[di
         differs, and the largest difference of a logit.
 
     Raises:
-        FileNotFoundError: if there is no image.
+        FileNotFoundError: if there is no image, or a channel of one is missing.
         ValueError: if one cannot be read, or a network does not take it.
     """
     shape = read_export(folder)["image"]
-    files = sorted(file for file in data.glob("*") if file.name.lower().endswith(_ENDINGS))
-    if not files:
-        raise FileNotFoundError(f"{data}: found no image, expected {', '.join(_ENDINGS)}")
-    if shape[1] != 1:
-        raise ValueError(f"{folder}: takes images of {shape[1]} channels; --data reads those of one")
+    cases = find_cases(data, shape[1])
     engine, other = load(folder), None if against is None else load(against)
     found = []
-    for file in tqdm(files, desc=f"{folder.name}: images", unit="image", disable=None):
-        image = read_image(file, len(shape) - 2)
+    for case, files in tqdm(cases.items(), desc=f"{folder.name}: images", unit="image", disable=None):
+        image = _channels(files, len(shape) - 2)
         begin = time.perf_counter()
-        logits = _logits(engine, image, f"{folder}: {file}")
+        logits = _logits(engine, image, f"{folder}: {case}")
         seconds = time.perf_counter() - begin
         segmented = labels(logits)
         values, counts = np.unique(segmented, return_counts=True)
         shares = {str(v): float(c / counts.sum()) for v, c in zip(values, counts, strict=True)}
-        result = {"image": file.name, "seconds": round(seconds, 3), "labels": shares}
+        result = {"image": case, "seconds": round(seconds, 3), "labels": shares}
         if other is not None:
-            expected = _logits(other, image, f"{against}: {file}")
+            expected = _logits(other, image, f"{against}: {case}")
             if expected.shape != logits.shape:
                 raise ValueError(
-                    f"{against}: returns logits of the shape {expected.shape} for {file}, {folder} of {logits.shape}: "
+                    f"{against}: returns logits of the shape {expected.shape} for {case}, {folder} of {logits.shape}: "
                     "not the same network"
                 )
             result["labels_differ"] = float(np.mean(segmented != labels(expected)))
             result["largest"] = float(np.abs(logits.astype(np.float64) - expected).max(initial=0))
         found.append(result)
     return found
+
+
+def _channels(files: Sequence[Path], dimensions: int) -> np.ndarray:
+    """One image of files of one channel each."""
+    images = [read_image(file, dimensions) for file in files]
+    for file, image in zip(files, images, strict=True):
+        if image.shape != images[0].shape:
+            raise ValueError(
+                f"{file}: its size is {image.shape[2:]}, {files[0].name} is {images[0].shape[2:]}; expected one size "
+                "for all channels of a case"
+            )
+    return np.concatenate(images, axis=1)
 
 
 def _logits(engine: Engine, image: np.ndarray, what: str) -> np.ndarray:

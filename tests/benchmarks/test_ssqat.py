@@ -137,7 +137,7 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
     base.mkdir(parents=True)
     torch.manual_seed(0)
     torch.save(uq.networks.FixedPointUNet(1, 1, width=2).state_dict(), base / "model.pt")
-    rows = ["float, trained on", "+ both (SS-QAT)", "+ teacher", "+ all", "Brevitas"]
+    rows = ["float, trained on", "+ both (SS-QAT)", "+ teacher", "+ all", "Brevitas", "Brevitas, equalized"]
     arguments = [
         "em",
         "--dataset",
@@ -166,10 +166,10 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("score.json")}
     pages = tmp_path / "pages"
     pages.mkdir()
-    (pages / "ssqat.md").write_text("\n".join(["before", study.MARKS[0], "old", study.MARKS[1], "after", ""]))
+    (pages / "ssqat.md").write_text("\n".join(["before", study.MARKS[0], "stale", study.MARKS[1], "after", ""]))
     study.main(["page", "--out", str(tmp_path / "out"), "--page", str(pages)])
     text = (pages / "ssqat.md").read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
     assert "| W3A4 | + both (SS-QAT) | 1 |" in text and "| widths | row | 0.0003 | 0.001 |" in text
     assert json.loads((pages / "ssqat-em.json").read_text()) == document
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 import monai_unetq as uq
 from monai_unetq.deploy.exporting import ExportTarget
 from monai_unetq.runtime.engine import load, read_export
-from monai_unetq.runtime.images import run_images
+from monai_unetq.runtime.images import find_cases, run_images
 from monai_unetq.runtime.verify import labels, verify
 from tests.deploy.networks import traced
 
@@ -137,6 +137,60 @@ def test_images_are_padded_run_and_counted(exported: dict[str, Path], tmp_path: 
         run_images(exported["onnx"], tmp_path)
     with pytest.raises(FileNotFoundError, match="found no image"):
         run_images(exported["onnx"], exported["onnx"])
+
+
+def test_each_channel_is_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    image = torch.rand(1, 2, 32, 64)
+    network = uq.networks.FixedPointUNet(2, 1, width=2).eval()
+    uq.quantize(network, uq.QuantPlan.uniform(network, "int4", "int8"), image)
+    uq.calibrate(network, [image])
+    with torch.no_grad():
+        *_, last = (layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d))
+        assert last.bias is not None
+        values = network(image).unique()
+        last.bias.sub_(values[len(values) // 2 :][:2].mean())  # both labels, and no logit at 0
+        logits = network(image).numpy()
+    folder = tmp_path / "onnx"
+    uq.export(network, image, "onnx", folder)
+    (tmp_path / "images").mkdir()
+    for channel in range(2):
+        np.save(tmp_path / "images" / f"a_000{channel}.npy", image[0, channel].numpy())
+    (found,) = run_images(folder, tmp_path / "images")
+    assert found["image"] == "a"
+    assert found["labels"]["1"] == pytest.approx(labels(logits).mean(), abs=1e-3)
+    with torch.no_grad():
+        swapped = labels(network(image.flip(1)).numpy()).mean()
+    assert abs(swapped - found["labels"]["1"]) > 0.01
+    np.save(tmp_path / "images" / "a_0001.npy", np.zeros((32, 32), dtype=np.float32))
+    with pytest.raises(ValueError, match=r"a_0001\.npy: its size is \(32, 32\), a_0000\.npy is \(32, 64\)"):
+        run_images(folder, tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (
+            ["a_0000.nii.gz", "b_0000.nii.gz", "b_0001.nii.gz"],
+            FileNotFoundError,
+            "case a has no channel 0001",
+        ),
+        (
+            ["a.nii.gz"],
+            ValueError,
+            r"a\.nii\.gz: the network reads 2 channels, expected the name CASE_0000\.nii\.gz",
+        ),
+        (["a_0000.png", "a_0001.png", "a_0002.png"], ValueError, r"a_0002\.png.*to CASE_0001\.png"),
+    ],
+)
+def test_a_case_has_all_channels_and_no_other(
+    names: list[str], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(error, match=message):
+        find_cases(tmp_path, 2)
+    assert list(find_cases(tmp_path, 1)) == sorted(names)
 
 
 def test_two_exports_are_compared_on_images(exported: dict[str, Path], tmp_path: Path) -> None:
