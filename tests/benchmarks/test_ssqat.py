@@ -166,7 +166,9 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("score.json")}
     pages = tmp_path / "pages"
     pages.mkdir()
-    (pages / "ssqat.md").write_text("\n".join(["before", study.MARKS[0], "stale", study.MARKS[1], "after", ""]))
+    (pages / "ssqat.md").write_text(
+        "\n".join(["before", study.MARKS[0], "stale", study.MARKS[1], "after", ""])
+    )
     study.main(["page", "--out", str(tmp_path / "out"), "--page", str(pages)])
     text = (pages / "ssqat.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
