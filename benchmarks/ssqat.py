@@ -334,7 +334,7 @@ def train(
 
 
 def folder_of(study: Study, row: str, widths: str, seed: int, candidate: float | None = None) -> Path:
-    """Where a row is kept: ``score.json``, ``predictions``, and of ours ``model.unetq``; see ``run``."""
+    """Where a row is kept: ``score.json``, predictions of both parts, and of ours ``model.unetq``; see ``run``."""
     bits = widths if row not in (FLOAT, CONTROL) else "float"
     training = f"fold{study.fold}-seed{seed}"
     if candidate is not None:
@@ -344,7 +344,7 @@ def folder_of(study: Study, row: str, widths: str, seed: int, candidate: float |
 
 
 def run(study: Study, row: str, widths: str, seed: int, candidate: float | None = None) -> dict[str, Any]:
-    """Train and test one row, or find it done; with a candidate for the learning rate, on the validation cases."""
+    """Train and test one row, or find it done; with a candidate for the learning rate, on the validation cases alone."""
     folder = folder_of(study, row, widths, seed, candidate)
     part: Part = "test" if candidate is None else "validation"
     file = folder / "score.json"
@@ -386,6 +386,10 @@ def run(study: Study, row: str, widths: str, seed: int, candidate: float | None 
             uq.pack(network, folder / "model.unetq")
         study.predict(network, folder / "predictions", part)
         result |= tested(study, folder / "predictions", part)
+        if candidate is None:
+            study.predict(network, folder / "validation", "validation")
+            validated = tested(study, folder / "validation", "validation")
+            result["validation"] = {m: float(np.mean(list(validated[m].values()))) for m in ("dice", "nsd")}
         write_json(file, result)
     return result
 
@@ -507,7 +511,7 @@ def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
             f"row, batch {document['batch_size']}, crops {'×'.join(map(str, document['patch_size']))}, {document['scale']} "
             f"scales, bits allocated by {document['metric']}; the last step's network is tested.",
         ]  # fmt: skip
-        lines += candidates_table(document)
+        lines += candidates_table(document) + parts_table(document)
     return "\n".join([*lines, ""])
 
 
@@ -621,6 +625,40 @@ def candidates_table(document: Mapping[str, Any]) -> list[str]:
         if found:
             lines.append(f"| {widths} | {name} | {' | '.join(cell(found, rate) for rate in rates)} |")
     return lines
+
+
+def parts_table(document: Mapping[str, Any]) -> list[str]:
+    """What each part adds to equalization, on the validation cases and on the test cases; of trainings in folds that have all."""
+    rows = [row for row in PARTS if PARTS[row].equalized]
+    lines = []
+    for widths in WIDTHS:
+        held = {row: [r for r in trainings(document, row, widths) if "validation" in r] for row in rows}
+        sets = [{(r["fold"], r["seed"]) for r in found} for found in held.values() if found]
+        if len(sets) < 2:
+            continue
+        common = set.intersection(*sets)
+        references = {r["fold"]: r for r in trainings(document, FLOAT, FLOAT)}
+        for row, found in held.items():
+            compared = [r for r in found if (r["fold"], r["seed"]) in common]
+            if not compared:
+                continue
+            validation, test = [], []
+            for measure in ("dice", "nsd"):
+                before = [references[r["fold"]] for r in compared]
+                pairs = list(zip(compared, before, strict=True))
+                validation.append(
+                    np.mean([r["validation"][measure] - b["validation"][measure] for r, b in pairs])
+                )
+                means = [[np.mean(list(one[measure].values())) for one in pair] for pair in pairs]
+                test.append(np.mean([after - first for after, first in means]))
+            cells = [" / ".join(f"{value:+.1f}" for value in values) for values in (validation, test)]
+            lines.append(f"| {widths} | {row} | {counted(compared)} | {' | '.join(cells)} |")
+    if not lines:
+        return []
+    return [
+        "", "Parts beside equalization, change of Dice / boundary Dice to float; of the trainings that every row of a width has:", "",
+        "| widths | row | trainings | validation cases | test cases |", "|---|---|---:|---:|---:|", *lines,
+    ]  # fmt: skip
 
 
 def dice_and_boundary(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -128,6 +128,24 @@ def test_candidates_stand_side_by_side(study: ModuleType) -> None:
     assert study.candidates_table({}) == []
 
 
+def test_parts_are_compared_on_the_same_trainings(study: ModuleType) -> None:
+    def scored(name: str, widths: str, seed: int, dice: float, validated: float) -> dict[str, Any]:
+        validation = {"dice": validated, "nsd": validated + 1}
+        return row(name, widths, 0, seed, dice={"a": dice, "b": dice}, nsd={"a": 99.0}, validation=validation)
+
+    rows = [
+        scored("float", "float", 0, 90.0, 80.0),
+        scored("+ equalization", "W2A2", 0, 85.0, 76.0),
+        scored("+ equalization", "W2A2", 1, 0.0, 0.0),  # the other row has no such seed
+        scored("+ equalization, teacher", "W2A2", 0, 86.0, 75.0),
+        scored("+ equalization", "W3A3", 0, 86.0, 75.0),
+    ]
+    assert study.parts_table({"rows": rows})[5:] == [
+        "| W2A2 | + equalization | 1 | -4.0 / -4.0 | -5.0 / +0.0 |",
+        "| W2A2 | + equalization, teacher | 1 | -5.0 / -5.0 | -4.0 / +0.0 |",
+    ]
+
+
 def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = write_phantom("em", tmp_path / "raw", dimensions=2, size=48, count=6)
     small = study.PRESETS["quick"]["em"]
@@ -158,6 +176,7 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
     assert tried[1e-3]["dice"].keys().isdisjoint(document["rows"][0]["dice"])  # other cases than the test's
     (ours,) = (row for row in document["rows"] if row["row"] == "+ both (SS-QAT)")
     assert ours["steps"] == 4 and ours["weight_bytes"] > 0 and ours["bops"] > 0
+    assert ours["validation"].keys() == {"dice", "nsd"}
     assert set(ours["dice"]) == set(ours["membrane_dice"]) and set(ours["nsd"]) == set(ours["hd95"])
     packed = tmp_path / "out" / "em" / "W3A4" / "both--ss-qat" / "fold0-seed0" / "model.unetq"
     assert uq.inspect_packed(packed)["plan"]["layers"]["decoder.0.conv1"]["parts"] == [["skip", 8], ["up", 8]]
