@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 from .qdq import to_qdq
@@ -84,8 +85,24 @@ def read(model: onnx.ModelProto) -> Any:
     from openvino.frontend.onnx import ConversionExtension
 
     def shuffle(node: Any) -> Any:
-        size = node.get_attribute("blocksize")
-        return opset13.depth_to_space(node.get_input(0), "blocks_first", size).outputs()
+        read, size, kept = node.get_input(0), node.get_attribute("blocksize"), node.get_attribute("kept")
+        if not kept:
+            return opset13.depth_to_space(read, "blocks_first", size).outputs()
+        # The axes that stay become one with the first that grows: (…, d, h) is place d·H + h, and s·(d·H + h) + r of the
+        # shuffled axis is place s·h + r of slice d.
+        shape = opset13.shape_of(read, output_type="i64")
+
+        def sizes(begin: int, end: int) -> Any:
+            return opset13.gather(shape, np.arange(begin, end), np.int64(0))
+
+        rank = read.get_partial_shape().rank.get_length()
+        batch, slices, others = sizes(0, 2), sizes(2, 2 + kept), sizes(3 + kept, rank)
+        free = np.array([-1])
+        merged = opset13.reshape(read, opset13.concat([batch, free, others], 0), special_zero=False)
+        larger = opset13.depth_to_space(merged, "blocks_first", size)
+        grown = opset13.multiply(others, np.int64(size))
+        kept_sizes = [np.array([0, 0]), slices, free, grown]
+        return opset13.reshape(larger, opset13.concat(kept_sizes, 0), special_zero=True).outputs()
 
     core = openvino.Core()
     core.add_extension(ConversionExtension(SHUFFLE, DOMAIN, shuffle))

@@ -3,11 +3,13 @@
 Output o of a transposed convolution with stride s, kernel K and padding p sums the inputs i with k = o + p − s·i in 0…K−1.
 With o = s·j + r that is, for each remainder r, a convolution over j: it reads x[j + d] with tap k = r + p − s·d. The
 convolutions of all remainders are one with sᴺ times the output channels, whose outputs ``DepthToSpace`` puts side by side
-(sub-pixel convolution; Shi et al., CVPR 2016, section 2.2). Where K = s, each has one tap and none is zero.
+(sub-pixel convolution; Shi et al., CVPR 2016, section 2.2). Where K = s, each has one tap and none is zero. The first axes
+may have the stride 1, as in nnU-Net's plans for thick slices: there is one remainder then, and nothing to put side by side.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +24,10 @@ from .trace import DOMAIN, TracedLayer
 __all__ = ["SHUFFLE", "Phases", "is_shuffle", "shuffle_last", "spread"]
 
 SHUFFLE = "DepthToSpace"
-"""Of our domain, for any number of axes (ONNX's own has two): channel (r₁…r_N, c) goes to place s·j + r of channel c."""
+"""Of our domain, for any number of axes (ONNX's own has two): channel (r₁…r_N, c) goes to place s·j + r of channel c.
+
+``blocksize`` is s, and ``kept`` how many spatial axes stand in front of these N and stay as they are.
+"""
 
 _ELEMENTWISE = ("Clip", "LeakyRelu", "QuantizeLinear", "Relu")
 
@@ -58,9 +63,9 @@ class Phases:
 
 
 def spread(graph: ir.Graph, layers: dict[str, TracedLayer]) -> dict[str, TracedLayer]:
-    """Replace transposed convolutions with rounded weights and one stride for all axes, in place.
+    """Replace transposed convolutions with rounded weights and one stride, but for first axes of stride 1, in place.
 
-    Left as they are: groups, dilation, a stride that differs between axes, a layer that is used twice.
+    Left as they are: groups, dilation, other strides that differ between axes, a layer that is used twice.
 
     Args:
         graph: of a trace.
@@ -91,8 +96,8 @@ def _spread(graph: ir.Graph, conv: ir.Node, maker: ir.Node, layers: dict[str, Tr
     axes = _axes(conv, kept.shape[2:])
     if axes is None:
         return
-    stride = len(axes[0].taps)
-    copies = stride ** len(axes)
+    strides = [len(axis.taps) for axis in axes]
+    copies = math.prod(strides)
     layers[layer.name] = replace(
         layer,
         transposed=False,
@@ -107,7 +112,8 @@ def _spread(graph: ir.Graph, conv: ir.Node, maker: ir.Node, layers: dict[str, Tr
         operands.append(add_initializer(graph, ir.tensor(np.tile(bias, copies)), f"{layer.name}.bias_copies"))
     pads = [axis.before for axis in axes] + [axis.after for axis in axes]
     small = ir.node("Conv", operands, attributes={"kernel_shape": list(rows.shape[2:]), "pads": pads})
-    shuffle = ir.node(SHUFFLE, [small.outputs[0]], attributes={"blocksize": stride}, domain=DOMAIN)
+    sizes = {"blocksize": strides[-1], "kept": strides.count(1)}
+    shuffle = ir.node(SHUFFLE, [small.outputs[0]], attributes=sizes, domain=DOMAIN)
     small.outputs[0].type, shuffle.outputs[0].type = conv.outputs[0].type, conv.outputs[0].type
     shuffle.outputs[0].shape = conv.outputs[0].shape
     graph.insert_before(conv, [small, shuffle])
@@ -124,7 +130,9 @@ def _axes(conv: ir.Node, kernel: Sequence[int]) -> list[Phases] | None:
         for name, usual in (("strides", 1), ("dilations", 1), ("output_padding", 0))
     )
     pads = attribute(conv, "pads", [0] * 2 * count)
-    if len({*strides}) > 1 or strides[0] < 2 or {*dilations} != {1}:
+    stride = strides[-1]
+    first = strides.count(1)
+    if stride < 2 or list(strides) != [1] * first + [stride] * (count - first) or {*dilations} != {1}:
         return None
     if attribute(conv, "auto_pad", "NOTSET") != "NOTSET" or "output_shape" in conv.attributes:
         return None
@@ -136,7 +144,7 @@ def _axes(conv: ir.Node, kernel: Sequence[int]) -> list[Phases] | None:
 
 
 def _rows(weight: np.ndarray, axes: Sequence[Phases]) -> np.ndarray:
-    """(O, I, K…) as (sᴺ·O, I, T…)."""
+    """(O, I, K…) as (s₁·s₂·…·O, I, T…)."""
     count = len(axes)
     padded = np.pad(weight, [(0, 0), (0, 0), *[(0, 1)] * count])
     for axis in reversed(range(count)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from monai_unetq.deploy.openvino import executions, read
 from monai_unetq.deploy.qdq import to_qdq
 from monai_unetq.deploy.subpixel import Phases
 from monai_unetq.deploy.trace import trace
+from monai_unetq.runtime.engine import load
 
 
 def test_phases_by_hand() -> None:
@@ -34,7 +36,7 @@ def test_phases_by_hand() -> None:
 
 @given(st.data())
 def test_phases_sum_as_the_transposed_convolution_does(data: Any) -> None:
-    stride = data.draw(st.integers(2, 4), "stride")
+    stride = data.draw(st.integers(1, 4), "stride")
     kernel = data.draw(st.integers(1, 7), "kernel")
     padding = data.draw(st.integers(0, kernel - 1), "padding")
     more = data.draw(st.integers(0, stride - 1), "output padding")
@@ -74,10 +76,14 @@ def on_openvino(network: nn.Module, image: torch.Tensor) -> tuple[np.ndarray, np
         (2, 4, 2, 1, 0),
         (2, 4, 4, 0, 0),
         (2, 5, 3, 1, 0),
+        (2, (1, 4), (1, 4), 0, 0),
+        (3, (1, 2, 2), (1, 2, 2), 0, 0),
+        (3, (1, 1, 2), (1, 1, 2), 0, 0),
+        (3, (3, 3, 3), (1, 2, 2), 1, (0, 1, 1)),
     ],
 )
 def test_as_a_convolution_in_openvino(
-    dimensions: int, kernel: int, stride: int, padding: int, more: int
+    dimensions: int, kernel: Any, stride: Any, padding: int, more: Any
 ) -> None:
     torch.manual_seed(0)
     conv, transposed = ((nn.Conv2d, nn.ConvTranspose2d), (nn.Conv3d, nn.ConvTranspose3d))[dimensions - 2]
@@ -89,6 +95,18 @@ def test_as_a_convolution_in_openvino(
     assert [one.kind for one in ran] == ["Convolution"] * 3 and all(one.is_int8 for one in ran)
 
 
+def test_thick_slices_of_another_size(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    up = nn.ConvTranspose3d(6, 5, (1, 2, 2), (1, 2, 2))
+    network, image = nn.Sequential(nn.Conv3d(1, 6, 3, padding=1), up), torch.randn(1, 1, 3, 4, 5)
+    uq.quantize(network, uq.QuantPlan.uniform(network, "int7", "int8", input="int8", last="int7"), image)
+    uq.calibrate(network, [image])
+    uq.export(network, image, "openvino", tmp_path / "ir")
+    other = torch.randn(2, 1, 4, 7, 3)
+    with torch.no_grad():
+        assert np.array_equal(load(tmp_path / "ir")(other.numpy()), network(other).numpy())
+
+
 def test_a_large_one_that_openvino_would_run_in_float_runs_in_integers() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 256, 1), nn.ConvTranspose2d(256, 4, 2, 2))
@@ -98,7 +116,7 @@ def test_a_large_one_that_openvino_would_run_in_float_runs_in_integers() -> None
 
 def test_what_cannot_be_shuffled_stays_and_a_float_kernel_is_told() -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ConvTranspose2d(8, 2, (1, 4), (1, 4)))
+    network = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ConvTranspose2d(8, 2, (2, 4), (2, 4)))
     found, expected, ran = on_openvino(network, torch.randn(1, 1, 9, 8))
     assert np.allclose(found, expected, atol=1e-5)
     assert {one.kind: one.is_int8 for one in ran} == {"Convolution": True, "Deconvolution": False}
