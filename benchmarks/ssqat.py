@@ -515,8 +515,18 @@ def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([*lines, ""])
 
 
+def compared(document: Mapping[str, Any], widths: str) -> tuple[str, list[int]]:
+    """The peer, and its learning rate, with the best mean Dice on the test cases, and the folds that it shares with ours."""
+    folds = folds_of(trainings(document, EQUALIZED, widths))
+    peers = {row: set(folds) & set(folds_of(trainings(document, row, widths))) for row in PEERS}
+    shared = sorted(set[int]().union(*peers.values()))
+    tried = [row for row in PEERS if shared and peers[row] == set(shared)]
+    best = max(tried, key=lambda row: mean_change(document, row, widths, "dice", shared), default="")
+    return best, shared if best else folds
+
+
 def beside_the_peers(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Ours beside the peer, and its learning rate, that has the best mean Dice on the test cases, in the same folds."""
+    """Ours beside the better peer, in the same folds."""
     lines = [
         "", "Change of Dice / boundary Dice to float, mean over the folds in which all cells of a line were trained, with the "
         "number of trainings where there are several; the better peer at the better of its learning rates, read off "
@@ -525,50 +535,22 @@ def beside_the_peers(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]  # fmt: skip
     ahead = []
     for (kind, document), widths in itertools.product(documents.items(), WIDTHS):
-        folds = folds_of(trainings(document, EQUALIZED, widths))
-        peers = [row for row in PEERS if set(folds) & set(folds_of(trainings(document, row, widths)))]
-        folds = [
-            fold
-            for fold in folds
-            if not peers or any(trainings(document, row, widths, [fold]) for row in peers)
-        ]
+        best, folds = compared(document, widths)
         if not folds:
             continue
-
-        def change(
-            row: str, measure: str, document: Any = document, widths: str = widths, folds: list[int] = folds
-        ) -> float:
-            return mean_change(document, row, widths, measure, folds)
-
-        def cell(
-            row: str,
-            document: Any = document,
-            widths: str = widths,
-            folds: list[int] = folds,
-            change: Any = change,
-        ) -> str:
-            found = trainings(document, row, widths, folds)
-            if folds_of(found) != folds:
-                return ""
-            many = f" ({len(found)})" if len(found) > 1 else ""
-            return f"{change(row, 'dice'):+.1f} / {change(row, 'nsd'):+.1f}{many}"
-
-        tried = {row: change(row, "dice") for row in peers if cell(row)}
-        best = max(tried, key=lambda row: tried[row], default="")
-        share = ""
+        cells = [cell(document, row, widths, folds) for row in (EVERYTHING, EQUALIZED, UNIFORM)]
         if best:
-            ahead.append(change(EQUALIZED, "nsd") - change(best, "nsd"))
-            lost = -change(EQUALIZED, "dice")
+            dice, nsd = (
+                [mean_change(document, row, widths, measure, folds) for row in (EQUALIZED, best)]
+                for measure in ("dice", "nsd")
+            )
+            ahead.append(nsd[0] - nsd[1])
             # What is within a point of float differs by seeds and cases, not by the method.
-            share = f"{max(lost, 0) / -tried[best]:.2f}" if -tried[best] > 1 else ""
+            share = f"{max(-dice[0], 0) / -dice[1]:.2f}" if dice[1] < -1 else ""
+            cells += [f"{cell(document, best, widths, folds)} {best}", share]
+        else:
+            cells += ["", ""]
         name = f"{kind.upper()}, {widths}" + (f", {len(folds)} folds" if len(folds) > 1 else "")
-        cells = [
-            cell(EVERYTHING),
-            cell(EQUALIZED),
-            cell(UNIFORM),
-            f"{cell(best)} {best}" if best else "",
-            share,
-        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     if ahead:
         lines += [
@@ -576,6 +558,15 @@ def beside_the_peers(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
             f"{len(ahead)} lines, by {min(ahead):+.2f} where least. Of the peer's loss: ours over its, where it loses more than 1.",
         ]  # fmt: skip
     return lines
+
+
+def cell(document: Mapping[str, Any], row: str, widths: str, folds: Sequence[int]) -> str:
+    """Change of Dice / boundary Dice; empty for a row that lacks one of the folds."""
+    found = trainings(document, row, widths, folds)
+    if folds_of(found) != list(folds):
+        return ""
+    dice, nsd = (mean_change(document, row, widths, measure, folds) for measure in ("dice", "nsd"))
+    return f"{dice:+.1f} / {nsd:+.1f}" + (f" ({len(found)})" if len(found) > 1 else "")
 
 
 def bounds_table(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
