@@ -82,6 +82,7 @@ PARTS = {
     "+ equalization, mixed": Parts(mixed=True, equalized=True),
     "+ equalization, supervision": Parts(supervised=True, equalized=True),
     "+ equalization, teacher": Parts(distilled=True, equalized=True),
+    "+ all but supervision": Parts(mixed=True, distilled=True, equalized=True),
     "+ all": Parts(mixed=True, supervised=True, distilled=True, equalized=True),
 }
 
