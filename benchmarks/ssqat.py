@@ -631,26 +631,31 @@ def parts_table(document: Mapping[str, Any]) -> list[str]:
         common = set.intersection(*sets)
         references = {r["fold"]: r for r in trainings(document, FLOAT, FLOAT)}
         for row, found in held.items():
-            compared = [r for r in found if (r["fold"], r["seed"]) in common]
-            if not compared:
+            pairs = [(r, references[r["fold"]]) for r in found if (r["fold"], r["seed"]) in common]
+            if not pairs:
                 continue
-            validation, test = [], []
-            for measure in ("dice", "nsd"):
-                before = [references[r["fold"]] for r in compared]
-                pairs = list(zip(compared, before, strict=True))
-                validation.append(
-                    np.mean([r["validation"][measure] - b["validation"][measure] for r, b in pairs])
-                )
-                means = [[np.mean(list(one[measure].values())) for one in pair] for pair in pairs]
-                test.append(np.mean([after - first for after, first in means]))
-            cells = [" / ".join(f"{value:+.1f}" for value in values) for values in (validation, test)]
-            lines.append(f"| {widths} | {row} | {counted(compared)} | {' | '.join(cells)} |")
+            changed = {
+                part: [
+                    float(np.mean([of(r, m) - of(before, m) for r, before in pairs])) for m in ("dice", "nsd")
+                ]
+                for part, of in (("validation", _validated), ("test", _tested))
+            }
+            cells = [" / ".join(f"{value:+.1f}" for value in values) for values in changed.values()]
+            lines.append(f"| {widths} | {row} | {counted([r for r, _ in pairs])} | {' | '.join(cells)} |")
     if not lines:
         return []
     return [
         "", "Parts beside equalization, change of Dice / boundary Dice to float; of the trainings that every row of a width has:", "",
         "| widths | row | trainings | validation cases | test cases |", "|---|---|---:|---:|---:|", *lines,
     ]  # fmt: skip
+
+
+def _validated(found: Mapping[str, Any], measure: str) -> float:
+    return float(found["validation"][measure])
+
+
+def _tested(found: Mapping[str, Any], measure: str) -> float:
+    return float(np.mean(list(found[measure].values())))
 
 
 def dice_and_boundary(rows: Sequence[Mapping[str, Any]]) -> str:
