@@ -2,8 +2,8 @@
 
 One training has two phases. The float phase is nnU-Net's own, and is skipped where its weights are there already. In
 front of the first quantized epoch the network is equalized and split, its bits are allocated, and it is quantized and
-calibrated on training cases of the fold; from then on it is trained quantized. Checkpoints hold the network without what only
-training needs, so that nnU-Net's own commands load them.
+calibrated on training cases of the fold; from then on it is trained quantized. Checkpoints hold the network without what
+only training needs, so that nnU-Net's own commands load them.
 """
 
 from __future__ import annotations
