@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from monai_unetq.deploy.exporting import Profile
 from monai_unetq.files import write_json
 from monai_unetq.recipe import versions
 from monai_unetq.reproduction.pages import between
@@ -38,9 +39,18 @@ SIZES = {"2d": (256, 256), "3d": (64, 128, 128)}
 FEATURES = {"2d": [32, 64, 128, 256, 512], "3d": [16, 32, 64, 128, 128]}
 NORMS = ("instance", "batch")
 ENGINES = (
-    "torch float32", "torch bf16", "ONNX Runtime float32", "ONNX Runtime, ours", "OpenVINO float32", "OpenVINO bf16",
-    "OpenVINO, ours", "OpenVINO, ours, split", "OpenVINO, ours, bf16", "OpenVINO, NNCF",
+    "torch float32", "torch bf16", "ONNX Runtime float32", "ONNX Runtime, ours", "ONNX Runtime, ours, float norms",
+    "OpenVINO float32", "OpenVINO bf16",
+    "OpenVINO, ours", "OpenVINO, ours, split", "OpenVINO, ours, float norms", "OpenVINO, ours, float norms, bf16",
+    "OpenVINO, NNCF",
 )  # fmt: skip
+FILES = {
+    "ONNX Runtime, ours": "onnx/model.onnx", "ONNX Runtime, ours, float norms": "onnx-float/model.onnx",
+    "OpenVINO, ours": "openvino/model.xml", "OpenVINO, ours, split": "openvino-split/model.xml",
+    "OpenVINO, ours, float norms": "openvino-float/model.xml",
+    "OpenVINO, ours, float norms, bf16": "openvino-float/model.xml", "OpenVINO, NNCF": "nncf.xml",
+}  # fmt: skip
+"""Engine → what it runs; else the float network."""
 REFERENCE = "torch float32"
 PEER = "OpenVINO, NNCF"
 SLOW = 10.0
@@ -74,8 +84,8 @@ def one_output(network: Any) -> Any:
     return network
 
 
-def quantized_network(name: str, norm: str, split: bool) -> Any:
-    """W8A8, calibrated on noise."""
+def quantized_network(name: str, norm: str, split: bool, rounded: bool) -> Any:
+    """W8A8, calibrated on noise; whether what instance norms read is rounded to 8 bits, too."""
     import torch
 
     import monai_unetq as uq
@@ -92,6 +102,8 @@ def quantized_network(name: str, norm: str, split: bool) -> Any:
         used, weights="int8", activations="int8", input="int8", keep_float=["decoder.seg_layers.[!" + str(len(FEATURES[name]) - 2) + "]"],
         image_layers=seen.image_layers(), last_layer=seen.layers()[-1],
     )  # fmt: skip
+    if rounded:
+        plan = plan.with_outputs(seen.normalized_layers(), "int8")
     uq.quantize(used, plan, image)
     return uq.calibrate(used, [torch.randn(2, 1, *image.shape[2:])])
 
@@ -117,12 +129,14 @@ def prepare(name: str, norm: str, folder: Path) -> None:
     openvino.save_model(
         nncf.quantize(model, nncf.Dataset(samples), subset_size=len(samples)), folder / "nncf.xml"
     )
-    for split in (False, True):
-        ours = quantized_network(name, norm, split)
-        ending = "-split" if split else ""
-        uq.export(ours, image, "openvino", folder / f"openvino{ending}")
-        if not split:
-            uq.export(ours, image, "onnx", folder / "onnx")
+    profile: Profile = "vnni" if has_vnni() else "avx2"
+    for ending, split, rounded in (("", False, True), ("-split", True, True), ("-float", False, False)):
+        if norm != "instance" and not rounded:
+            continue
+        ours = quantized_network(name, norm, split, rounded)
+        uq.export(ours, image, "openvino", folder / f"openvino{ending}", profile=profile)
+        if ending != "-split":
+            uq.export(ours, image, "onnx", folder / f"onnx{ending}")
 
 
 def runner(engine: str, name: str, norm: str, folder: Path) -> Callable[[np.ndarray], Any]:
@@ -141,16 +155,13 @@ def runner(engine: str, name: str, norm: str, folder: Path) -> Callable[[np.ndar
     if engine.startswith("ONNX Runtime"):
         import onnxruntime
 
-        file = folder / ("onnx/model.onnx" if "ours" in engine else "float.onnx")
+        file = folder / FILES.get(engine, "float.onnx")
         options = onnxruntime.SessionOptions()
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         return lambda image: session.run(None, {session.get_inputs()[0].name: image})
     import openvino
 
-    file = folder / {
-        "OpenVINO, NNCF": "nncf.xml", "OpenVINO, ours": "openvino/model.xml", "OpenVINO, ours, bf16": "openvino/model.xml",
-        "OpenVINO, ours, split": "openvino-split/model.xml",
-    }.get(engine, "float.xml")  # fmt: skip
+    file = folder / FILES.get(engine, "float.xml")
     core = openvino.Core()
     precision = "bf16" if engine.endswith("bf16") else "f32"
     compiled = core.compile_model(core.read_model(file), "CPU", {"INFERENCE_PRECISION_HINT": precision})
@@ -273,6 +284,7 @@ def run(options: argparse.Namespace) -> None:
                     check=True,
                 )
                 engines = [engine for engine in ENGINES if "bf16" not in engine or has_bf16()]
+                engines = [engine for engine in engines if "float norms" not in engine or norm == "instance"]
                 found: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
                 turns = [(r, engine) for r in range(options.rounds) for engine in engines]
                 for _, engine in tqdm(turns, desc=f"{name}, {norm} norm", unit="run", disable=None):
@@ -306,8 +318,17 @@ def run(options: argparse.Namespace) -> None:
 
 def has_bf16() -> bool:
     """Whether the processor has instructions for bf16; without them it is only slow, and is left out."""
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    return any(kind in flags for kind in ("avx512_bf16", "amx_bf16", "bf16"))
+    return any(kind in _flags() for kind in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def has_vnni() -> bool:
+    """Whether the processor has instructions for sums of 8-bit products."""
+    return any(kind in _flags() for kind in ("avx512_vnni", "avx_vnni", "amx_int8"))
+
+
+def _flags() -> str:
+    file = Path("/proc/cpuinfo")
+    return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
 def _size(folder: Path, pattern: str) -> int:
@@ -321,8 +342,7 @@ def collected(out: Path) -> dict[str, Any]:
     def read(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
 
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    has = [k for k in ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2") if k in flags]
+    has = [k for k in ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2") if k in _flags()]
     return {
         "versions": versions("onnxruntime", "openvino", "nncf"),
         "processor": f"{os.cpu_count()} cores, {(has or ['unknown'])[0]}",

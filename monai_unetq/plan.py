@@ -6,7 +6,7 @@ Imports no torch: ``runtime/`` and the command line read plans too.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -49,17 +49,22 @@ class LayerPlan:
             ``float`` leaves it.
         channels: part and its input channels, for each part in their order, where the plan is to say how the layer
             is split.
+        output: format of the output, for a layer in front of an instance or group norm; by default it is not rounded.
 
     Raises:
-        ValueError: if parts have other names, or weights, inputs and channels are not those of the same parts.
+        ValueError: if parts have other names, or weights, inputs and channels are not those of the same parts, or the
+            output's format is ``float``.
     """
 
     weights: Mapping[str, QFormat]
     inputs: Mapping[str, QFormat]
     bias: BiasRounding = "accumulator"
     channels: tuple[tuple[str, int], ...] | None = None
+    output: QFormat | None = None
 
     def __post_init__(self) -> None:
+        if self.output is not None and self.output.is_float:
+            raise ValueError("'output' is float, expected a format, or none where it is not rounded")
         for key, formats in (("weights", self.weights), ("inputs", self.inputs)):
             if not isinstance(formats, Mapping):
                 raise ValueError(
@@ -241,6 +246,18 @@ class QuantPlan:
         """The same plan with some layers' formats replaced or added."""
         return replace(self, layers={**self.layers, **changes})
 
+    def with_outputs(self, names: Iterable[str], output: str | QFormat) -> QuantPlan:
+        """The same plan, the outputs of some layers rounded, where they are in the plan.
+
+        Args:
+            names: of layers in front of instance or group norms: ``observe(network, example).normalized_layers()``.
+            output: their format, such as ``"int8"``: engines then run the norms on 8-bit integers.
+        """
+        number_format = QFormat(str(output))
+        return self.with_layers(
+            {name: replace(self.layers[name], output=number_format) for name in names if name in self.layers}
+        )
+
     def without(self, patterns: Sequence[str]) -> QuantPlan:
         """The same plan, layers of these names or shell patterns left float.
 
@@ -270,6 +287,7 @@ class QuantPlan:
                     "input": _spelled(layer.inputs),
                     "bias": layer.bias,
                     **({} if layer.channels is None else {"parts": [list(part) for part in layer.channels]}),
+                    **({} if layer.output is None else {"output": str(layer.output)}),
                 }
                 for name, layer in self.layers.items()
             },
@@ -298,14 +316,15 @@ class QuantPlan:
         layers = {}
         for name, entry in document["layers"].items():
             where = f"{source}: layer '{name}'"
-            _check_keys(entry, where, required=("weight", "input"), optional=("bias", "parts"))
+            _check_keys(entry, where, required=("weight", "input"), optional=("bias", "parts", "output"))
             bias = entry.get("bias", "accumulator")
             if bias not in ("accumulator", "float"):
                 raise ValueError(f"{where}: 'bias' is {bias!r}, expected 'accumulator' or 'float'")
             weights, inputs = (_formats(entry[key], f"{where}: '{key}'") for key in ("weight", "input"))
             channels = _channels(entry.get("parts"), where)
+            output = _format(entry["output"], f"{where}: 'output'") if "output" in entry else None
             try:
-                layers[name] = LayerPlan(weights, inputs, bias, channels)
+                layers[name] = LayerPlan(weights, inputs, bias, channels, output)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
         options = {key: document[key] for key in ("scale", "granularity", "learned") if key in document}

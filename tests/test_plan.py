@@ -39,7 +39,8 @@ def layer_plans(draw: st.DrawFn) -> LayerPlan:
     each = st.fixed_dictionaries({name: formats for name in names})
     channels = st.none() | st.tuples(*(st.tuples(st.just(name), st.integers(1, 64)) for name in names))
     bias: Literal["accumulator", "float"] = draw(st.sampled_from(("accumulator", "float")))
-    return LayerPlan(draw(once | each), draw(once | each), bias, draw(channels))
+    output = st.none() | formats.filter(lambda f: not f.is_float)
+    return LayerPlan(draw(once | each), draw(once | each), bias, draw(channels), draw(output))
 
 
 plans = st.builds(
@@ -155,6 +156,13 @@ def test_with_layers_replaces_and_adds() -> None:
 # uniform
 
 
+def test_outputs_are_those_of_the_plans_layers() -> None:
+    plan = QuantPlan.uniform(small_network(), "int4", "int6", keep_float=["3"])
+    changed = plan.with_outputs(["0", "3"], "int8")
+    assert changed["0"].output == QFormat("int8") and changed["0"].weight == plan["0"].weight
+    assert changed["4"].output is None and "3" not in changed and plan["0"].output is None
+
+
 def test_uniform_names_every_layer_that_can_be_quantized() -> None:
     plan = QuantPlan.uniform(small_network(), "Q0.4", "Q6.0")
     assert list(plan) == ["0", "3", "4", "6"]
@@ -264,7 +272,9 @@ MALFORMED: list[tuple[Any, str]] = [
     (document(layers={"conv": "Q0.4"}), "layer 'conv': found a str"),
     (document(layers={"conv": {}}), "layer 'conv': missing ['weight', 'input']"),
     (document(layers={"conv": {"weight": "Q0.4"}}), "layer 'conv': missing ['input']"),
-    (with_layer(output="Q0.4"), "layer 'conv': unknown ['output']"),
+    (with_layer(scale="free"), "layer 'conv': unknown ['scale']"),
+    (with_layer(output="Q4"), "layer 'conv': 'output': 'Q4' is not a number format"),
+    (with_layer(output="float"), "layer 'conv': 'output' is float, expected a format"),
     (with_layer(weight="Q4"), "layer 'conv': 'weight': 'Q4' is not a number format"),
     (with_layer(weight=4), "layer 'conv': 'weight': a number format is a string, found int"),
     (with_layer(weight=None), "layer 'conv': 'weight': a number format is a string, found NoneType"),

@@ -26,7 +26,7 @@ examples:
   unetq verify em-openvino                                           does it compute what it should?
 
 --to onnx      standard QDQ operators, weights in int8, for ONNX Runtime, OpenVINO and (--for tensorrt) TensorRT
---to openvino  OpenVINO's IR, weights in int8
+--to openvino  OpenVINO's IR, weights in int8, fastest with VNNI; --for avx2 is faster without
 --to qonnx     Quant and BipolarQuant nodes, any bit width, for FINN and hls4ml
 --to integer   a program for integers only, in numpy, without torch; power-of-two scales and folded batch norm
 --to packed    weights at their true bit width, for monai_unetq.unpack
@@ -66,8 +66,9 @@ def add_export_command(commands: Any, command: Callable[..., argparse.ArgumentPa
         help="of --to onnx: type of weights; int4 is smaller, and run in float (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--for", dest="profile", choices=("onnxruntime", "tensorrt"), default="onnxruntime",
-        help="of --to onnx: whose rules the model keeps (default: %(default)s)",
+        "--for", dest="profile", choices=("onnxruntime", "tensorrt", "vnni", "avx2"),
+        help="whose rules the model keeps: of --to onnx onnxruntime (default) or tensorrt; of --to openvino vnni (default), or "
+        "avx2 for processors without VNNI",
     )  # fmt: skip
     parser.add_argument(
         "--image", type=Path, nargs="+", metavar="FILE",

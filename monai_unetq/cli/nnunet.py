@@ -97,6 +97,11 @@ def add_nnunet_command(commands: Any, command: Callable[..., argparse.ArgumentPa
         "--choices", type=_numbers, metavar="N,N", help="bit widths for the budget (default: 2,3,4,6,8)"
     )
     plan.add_argument("--activations", metavar="FORMAT", help="format of all activations: int6, Q4.4, …")
+    plan.add_argument(
+        "--norms",
+        metavar="FORMAT",
+        help="of what instance norms read: int8 runs them on integers (default: float)",
+    )
     plan.add_argument("--scale", choices=("power-of-two", "free"), help="of intN (default: power-of-two)")
     plan.add_argument("--metric", choices=("sqnr", "fisher", "hessian"), help="of the budget (default: sqnr)")
     for name, kind, text in (
@@ -121,7 +126,7 @@ def add_nnunet_command(commands: Any, command: Callable[..., argparse.ArgumentPa
 
 
 _KEYS = (
-    "weights", "budget", "choices", "activations", "scale", "metric", "epochs", "float_epochs", "iterations",
+    "weights", "budget", "choices", "activations", "norms", "scale", "metric", "epochs", "float_epochs", "iterations",
     "val_iterations", "learning_rate", "supervision", "distillation", "equalized", "calibration_batches", "base_trainer",
 )  # fmt: skip
 """Of the request, as the options spell them."""

@@ -25,15 +25,20 @@ from ..files import write_json
 from ..runtime.engine import EXPORT_VERSION
 from ..surgery import fold
 from .packed import installed_version, pack
-from .qdq import Store, to_qdq
+from .qdq import Store, Target, to_qdq
 from .qonnx import to_qonnx
 from .trace import trace
 
-__all__ = ["TARGETS", "ExportTarget", "Profile", "export"]
+__all__ = ["PROFILES", "TARGETS", "ExportTarget", "Profile", "export"]
 
 ExportTarget = Literal["onnx", "openvino", "qonnx", "integer", "packed"]
 TARGETS: tuple[ExportTarget, ...] = get_args(ExportTarget)
-Profile = Literal["onnxruntime", "tensorrt"]
+Profile = Literal["onnxruntime", "tensorrt", "vnni", "avx2"]
+PROFILES: Mapping[str, tuple[Profile, ...]] = {
+    "onnx": ("onnxruntime", "tensorrt"),
+    "openvino": ("vnni", "avx2"),
+}
+"""Target → whose rules the model can keep, the usual first."""
 
 _PACKAGES = ("monai-unetq", "torch", "onnx", "onnxruntime", "openvino", "qonnx")
 """Packages whose versions are kept."""
@@ -47,7 +52,7 @@ def export(
     folder: str | Path,
     *,
     store: Store = "int8",
-    profile: Profile = "onnxruntime",
+    profile: Profile | None = None,
     preprocessing: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a quantized network for an engine, as a whole or not at all.
@@ -68,7 +73,8 @@ def export(
         target: see the table.
         folder: new or empty.
         store: type of the weights' constants in ``onnx``.
-        profile: of ``onnx``: which engine's rules it keeps.
+        profile: whose rules it keeps. ``onnx``: ``onnxruntime`` (default) or ``tensorrt``. ``openvino``: ``vnni`` (default),
+            or ``avx2`` for processors without VNNI, where transposed convolutions would run in float.
         preprocessing: what the image must go through first, kept in ``export.json``.
 
     Returns:
@@ -81,9 +87,13 @@ def export(
     """
     if target not in TARGETS:
         raise ValueError(f"target is {target!r}, expected one of {', '.join(TARGETS)}")
-    for name, value, usual in (("store", store, "int8"), ("profile", profile, "onnxruntime")):
-        if value != usual and target != "onnx":
-            raise ValueError(f"{name} is {value!r}, but {target} has no such choice; it is of onnx")
+    if store != "int8" and target != "onnx":
+        raise ValueError(f"store is {store!r}, but {target} has no such choice; it is of onnx")
+    known = PROFILES.get(target, ())
+    if profile is not None and profile not in known:
+        other = f"expected one of {', '.join(known)}" if known else "which has no such choice"
+        raise ValueError(f"profile is {profile!r} for {target}, {other}")
+    profile = profile or next(iter(known), None)
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(
@@ -117,14 +127,15 @@ def export(
 _Writer = Callable[[nn.Module, Tensor, Path, Mapping[str, Any]], dict[str, Any]]
 
 
-def _writer(target: ExportTarget, store: Store, profile: Profile) -> _Writer:
+def _writer(target: ExportTarget, store: Store, profile: Profile | None) -> _Writer:
     """What writes a target's files into a folder, and returns what ``export.json`` says of them."""
 
     def onnx_files(
         network: nn.Module, image: Tensor, folder: Path, head: Mapping[str, Any]
     ) -> dict[str, Any]:
         traced = trace(network, image, dynamic=target == "onnx")
-        lowered = to_qdq(traced, store=store, target=profile) if target == "onnx" else to_qonnx(traced)
+        engine: Target = "tensorrt" if profile == "tensorrt" else "onnxruntime"
+        lowered = to_qdq(traced, store=store, target=engine) if target == "onnx" else to_qonnx(traced)
         said = {"plan": traced.plan.to_json(), "dynamic": list(traced.dynamic), "notes": lowered.notes}
         entry = lowered.model.metadata_props.add()
         entry.key, entry.value = "monai_unetq", json.dumps({**head, **said})
@@ -137,9 +148,10 @@ def _writer(target: ExportTarget, store: Store, profile: Profile) -> _Writer:
         from .openvino import write_openvino
 
         traced = trace(network, image)
-        said = {"plan": traced.plan.to_json(), "dynamic": []}
+        said: dict[str, Any] = {"plan": traced.plan.to_json(), "dynamic": [], "profile": profile}
         info = {key: json.dumps(value) for key, value in {**head, **said}.items()}
-        return {**said, "notes": write_openvino(traced, folder, tuple(image.shape), info)}
+        shuffled = profile == "avx2"
+        return {**said, "notes": write_openvino(traced, folder, tuple(image.shape), info, shuffled=shuffled)}
 
     def integer_files(
         network: nn.Module, image: Tensor, folder: Path, head: Mapping[str, Any]

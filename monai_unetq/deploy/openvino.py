@@ -44,7 +44,7 @@ class Execution:
 
 
 def write_openvino(
-    traced: Trace, folder: Path, shape: tuple[int, ...], info: Mapping[str, str]
+    traced: Trace, folder: Path, shape: tuple[int, ...], info: Mapping[str, str], *, shuffled: bool = False
 ) -> dict[str, str]:
     """Write ``model.xml`` and ``model.bin``, weights in 8 bits.
 
@@ -56,6 +56,8 @@ def write_openvino(
         folder: where to write.
         shape: of the image, (N, C, spatial…).
         info: written into the model's runtime information, under ``monai_unetq``.
+        shuffled: whether transposed convolutions are convolutions with a pixel shuffle, which run in INT8 without VNNI, too.
+            With VNNI OpenVINO's own transposed ones are faster.
 
     Returns:
         layer → why it is not one INT8 convolution.
@@ -69,7 +71,7 @@ def write_openvino(
         raise ImportError(
             f"writing OpenVINO's IR needs it: pip install monai-unetq[openvino] ({error})"
         ) from None
-    lowered = to_qdq(traced, target="openvino")
+    lowered = to_qdq(traced, target="openvino", shuffled=shuffled)
     model = read(lowered.model)
     model.reshape(list(shape))
     for key, value in info.items():

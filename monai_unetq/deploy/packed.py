@@ -340,6 +340,7 @@ def _quantize_as_packed(module: nn.Module, layer: LayerPlan, plan: QuantPlan) ->
         power_of_two=plan.scale == "power-of-two",
         learned=plan.learned,
         rounds_bias=layer.bias == "accumulator",
+        output=layer.output,
     )
 
 

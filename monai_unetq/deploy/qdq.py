@@ -32,19 +32,25 @@ _SEVEN_BITS = 63
 _LARGEST = 3e38
 """About float32's largest number."""
 
+_EPSILON = 1e-5
+"""Of ONNX's InstanceNormalization, where it has none of its own."""
+
 _EXACT = 1 << 24
 """Integers below are exact in float32."""
 
 
-def to_qdq(traced: Trace, *, store: Store = "int8", target: Target = "onnxruntime") -> Lowered:
+def to_qdq(
+    traced: Trace, *, store: Store = "int8", target: Target = "onnxruntime", shuffled: bool = False
+) -> Lowered:
     """Lower a trace to ONNX with QuantizeLinear and DequantizeLinear.
 
     Args:
         traced: of a quantized network.
         store: type of the weights' constants. With ``"int4"`` those that fit take half the bytes, and ONNX Runtime and
             OpenVINO run their layers in float.
-        target: ``"tensorrt"`` takes signed INT8 with zero point 0 only (TensorRT 11). For ``"openvino"`` transposed
-            convolutions become convolutions with a pixel shuffle of our domain, which ``openvino.read`` knows.
+        target: ``"tensorrt"`` takes signed INT8 with zero point 0 only (TensorRT 11).
+        shuffled: transposed convolutions become convolutions with a pixel shuffle of our domain, which ``openvino.read``
+            knows.
 
     Returns:
         a model that passes ``onnx.checker`` with full shape inference.
@@ -52,7 +58,7 @@ def to_qdq(traced: Trace, *, store: Store = "int8", target: Target = "onnxruntim
     Raises:
         ValueError: for formats that the target cannot hold, by the layer's name.
     """
-    lowering = _Lowering(traced, store, target)
+    lowering = _Lowering(traced, store, target, shuffled)
     return lowering.run()
 
 
@@ -68,12 +74,13 @@ class _Activation:
 class _Lowering:
     """The state of one lowering: the graph and what has been put into it."""
 
-    def __init__(self, traced: Trace, store: Store, target: Target) -> None:
+    def __init__(self, traced: Trace, store: Store, target: Target, shuffled: bool) -> None:
         self.model = ir.from_proto(traced.model)
         self.graph = self.model.graph
         self.layers = traced.layers
         self.store: Store = store
         self.target: Target = target
+        self.shuffled = shuffled
         self.notes: dict[str, str] = {}
         self.activations: dict[ir.Value, _Activation] = {}
         self.constants: dict[tuple[Any, ...], ir.Value] = {}
@@ -81,7 +88,7 @@ class _Lowering:
 
     def run(self) -> Lowered:
         simplify(self.graph)
-        if self.target == "openvino":
+        if self.shuffled:
             self.layers = spread(self.graph, self.layers)
         if self.target != "tensorrt":
             for node in list(self.graph):
@@ -97,7 +104,11 @@ class _Lowering:
         for node in list(self.graph):
             if node.op_type == "Concat":
                 self._concatenation(node)
-            elif node.op_type == "InstanceNormalization" and self.target == "openvino":
+            elif (
+                node.op_type == "InstanceNormalization"
+                and self.target == "openvino"
+                and not self._normalize_integers(node)
+            ):
                 self._keep_scale(node)
         # Whatever reads rounded values besides what took the integers reads them dequantized.
         for value, activation in self.activations.items():
@@ -137,12 +148,15 @@ class _Lowering:
             self._emulate(node, source, scale, qmin, qmax, kind, layer)
             return
         signed = qmin < 0
-        # OpenVINO convolves int8 activations wrongly where there is no VNNI, and transposed ones with a zero point in float.
+        # OpenVINO convolves int8 activations wrongly where there is no VNNI, transposed ones with a zero point in float, and
+        # norms such, too.
         offset = (
             signed
             and self.target != "tensorrt"
             and not all(
-                _transposed_only(use.node) for quant in _beside(node) for use in quant.outputs[0].uses()
+                _transposed_only(use.node) or _normalizes(use.node)
+                for quant in _beside(node)
+                for use in quant.outputs[0].uses()
             )
         )
         if self.target == "tensorrt" and not signed:
@@ -212,6 +226,25 @@ class _Lowering:
             self.graph.insert_after(producer, node)
             self.dequantized[key] = node.outputs[0]
         return self.dequantized[key]
+
+    def _normalize_integers(self, norm: ir.Node) -> bool:
+        """Let a norm of rounded values read their integers c, with ε/s² for ε; False where its input is not rounded.
+
+        (s·c - s·μ)/√(s²σ² + ε) = (c - μ)/√(σ² + ε/s²). OpenVINO would take the scale through the norm and leave ε as it
+        is; of a scale of 1 there is nothing to take.
+        """
+        reader, value = norm, norm.inputs[0]
+        while value not in self.activations:
+            producer = _producer(value)
+            if producer is None or producer.op_type != "Reshape" or len(producer.outputs[0].uses()) > 1:
+                return False
+            reader, value = producer, producer.inputs[0]
+        assert value is not None
+        activation = self.activations[value]
+        reader.replace_input_with(0, self._dequantize(activation, 1.0))
+        epsilon = attribute(norm, "epsilon", _EPSILON) / activation.scale**2
+        norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon)
+        return True
 
     def _keep_scale(self, norm: ir.Node) -> None:
         """A clip at what float32 holds, in front of an instance norm (which group norms are, reshaped).
@@ -464,6 +497,14 @@ def _transposed_only(node: ir.Node) -> bool:
         return bool(node.op_type == "ConvTranspose")
     readers = [use.node for use in node.outputs[0].uses()]
     return bool(readers) and all(reader.op_type == "ConvTranspose" for reader in readers)
+
+
+def _normalizes(node: ir.Node) -> bool:
+    """Whether a node is an instance norm, or a reshape that these alone read (of a group norm)."""
+    if node.op_type == "Reshape":
+        readers = [use.node for use in node.outputs[0].uses()]
+        return bool(readers) and all(reader.op_type == "InstanceNormalization" for reader in readers)
+    return bool(node.op_type == "InstanceNormalization")
 
 
 def _reads_concatenation(node: ir.Node) -> bool:

@@ -3,7 +3,7 @@
 Between the standard operators stand two of our own (domain ``monai_unetq``), which every lowering replaces:
 
 - ``Quant(x, scale)``: scale · clamp(round(x / scale), qmin, qmax), half to even. Attributes ``layer`` and ``part`` (whose
-  input it is), ``qmin``, ``qmax``, ``kind`` (of ``QFormat``).
+  input it is; ``output`` where it is what a layer gives), ``qmin``, ``qmax``, ``kind`` (of ``QFormat``).
 - ``Weight(w)``: the rounded weight of ``layer``; its integers and scales are in ``Trace.layers``.
 """
 
@@ -34,6 +34,8 @@ __all__ = ["DOMAIN", "OPSET", "Trace", "TracedLayer", "TracedWeight", "trace"]
 
 DOMAIN = "monai_unetq"
 OPSET = 18
+OUTPUT = "output"
+"""``part`` of a ``Quant`` behind a layer."""
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +143,11 @@ class _TracedLayer(QuantizedLayer):
         if self.rounds_weight:
             weight = _symbolic("Weight", (weight,), {"layer": self.traced_as}, weight)
         return self._run(torch.cat(rounded, axis) if sizes else rounded[0], weight, self.bias, *args)
+
+    def _round_output(self, output: Tensor) -> Tensor:
+        if self.output_quantizer is None:
+            return output
+        return _record(self.traced_as, OUTPUT, self.output_quantizer, output)
 
 
 def _record(layer: str, part: str, quantizer: Quantizer, tensor: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ class QuantizedLayer(_Layer):
     weight_quantizer: Quantizer
     input_parts: PartQuantizers
     weight_parts: PartQuantizers
+    output_quantizer: Quantizer | None  # of a layer in front of a norm that cannot be folded
     parts: tuple[Part, ...]  # none where the layer is not split
     rounds_bias: bool
     _norm: tuple[PairedNorm, ...]  # in a tuple, so that the batch norm is not registered a second time
@@ -72,7 +73,8 @@ class QuantizedLayer(_Layer):
     @property
     def quantizers(self) -> list[Quantizer]:
         """All of them."""
-        return [*self.input_quantizers.values(), *self.weight_quantizers.values()]
+        output = [] if self.output_quantizer is None else [self.output_quantizer]
+        return [*self.input_quantizers.values(), *self.weight_quantizers.values(), *output]
 
     @property
     def part_channels(self) -> dict[str, int]:
@@ -102,12 +104,15 @@ class QuantizedLayer(_Layer):
         self._norm = () if norm is None else (norm,)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The float layer's forward with rounded input, weight and bias; same shapes.
+        """The float layer's forward with rounded input, weight, bias and (where the plan has it) output; same shapes.
 
         Under autocast, formats wider than the half-precision type holds, and scales that are no powers of two,
         run in float32.
         """
-        return self._run_rounded(input)
+        return self._round_output(self._run_rounded(input))
+
+    def _round_output(self, output: Tensor) -> Tensor:
+        return output if self.output_quantizer is None else self.output_quantizer(output)
 
     def _run_rounded(self, input: Tensor, *args: Any) -> Tensor:
         half = (
@@ -248,9 +253,9 @@ class QuantizedLayer(_Layer):
         """
         if bias is None or not self.rounds_bias:
             return bias
-        if not all(quantizer.rounds for quantizer in self.quantizers):
-            return bias
         inputs = self.input_quantizers
+        if not all(quantizer.rounds for quantizer in (*inputs.values(), *self.weight_quantizers.values())):
+            return bias
         steps = [(inputs[part].scale * step).detach() for part, step in weight_steps.items()]
         step = steps[0]
         for other in steps[1:]:
@@ -263,7 +268,8 @@ class QuantizedLayer(_Layer):
 
     def _widest(self) -> int:
         """Significant bits that the rounded values need; all of float32's where a scale is no power of two."""
-        quantizers = [q for q in self.quantizers if q.rounds]
+        operands = (*self.input_quantizers.values(), *self.weight_quantizers.values())
+        quantizers = [q for q in operands if q.rounds]
         return max((q.number_format.bits if q.power_of_two else 24 for q in quantizers), default=0)
 
     def output_major(self, weight: Tensor) -> Tensor:
@@ -281,7 +287,7 @@ class QuantizedLayer(_Layer):
 class _QuantizedTransposed(QuantizedLayer):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """See ``QuantizedLayer.forward``; ``output_size`` as in the float layer."""
-        return self._run_rounded(input, output_size)
+        return self._round_output(self._run_rounded(input, output_size))
 
     def output_major(self, weight: Tensor) -> Tensor:
         # (groups · in, out, …) → (groups · out, in, …)
@@ -364,6 +370,7 @@ def quantize_layer(
     power_of_two: bool = True,
     learned: bool = False,
     rounds_bias: bool = True,
+    output: QFormat | None = None,
 ) -> QuantizedLayer:
     """Make a float layer a quantized one, in place.
 
@@ -375,6 +382,7 @@ def quantize_layer(
         power_of_two: calibrated and learned scales are powers of two.
         learned: scales that formats leave open are parameters.
         rounds_bias: the bias is rounded to the accumulator's grid.
+        output: the output's format, signed or unsigned as it is to be; None leaves it as it is.
 
     Raises:
         ValueError: if there is no quantized class for the layer's class, the input's format is for weights, formats
@@ -397,6 +405,7 @@ def quantize_layer(
         name: Quantizer(weights[name], channels=channels if per_channel else 0, weight=True, **options)
         for name in names
     }
+    output_quantizer = None if output is None else Quantizer(output, **options)
     layer.__class__ = target
     quantized = cast(QuantizedLayer, layer)
     quantized.parts = parts
@@ -406,6 +415,7 @@ def quantize_layer(
     else:
         quantized.input_quantizer = input_quantizers[WHOLE]
         quantized.weight_quantizer = weight_quantizers[WHOLE]
+    quantized.output_quantizer = output_quantizer
     quantized.rounds_bias = rounds_bias
     quantized.pair_with(None)
     try:
@@ -435,6 +445,7 @@ def dequantize_layer(layer: QuantizedLayer) -> nn.Module:
     parts = layer.parts
     for name in ("input_parts", "weight_parts") if parts else ("input_quantizer", "weight_quantizer"):
         delattr(layer, name)
+    del layer.output_quantizer
     for name in ("rounds_bias", "_norm", "parts"):
         del layer.__dict__[name]
     layer.__class__ = _FLOAT_LAYERS[type(layer)]  # type: ignore[assignment]

@@ -24,6 +24,7 @@ __all__ = [
     "on_batch_norm",
     "request_plan",
     "requested_network",
+    "with_norms",
     "without_deep_supervision",
 ]
 
@@ -83,11 +84,19 @@ def request_plan(network: nn.Module, request: Request, example: Tensor, learned:
     """
     trace = observe(network, example)
     end = f"int{END_BITS}"
-    return QuantPlan.uniform(
+    plan = QuantPlan.uniform(
         network, request.weights or end, request.activations or end, input=end, first=end, last=end,
         keep_float=float_layers(network), scale=request.scale, learned=learned,
         image_layers=trace.image_layers(), last_layer=trace.layers()[-1],
     )  # fmt: skip
+    return with_norms(plan, network, request, example)
+
+
+def with_norms(plan: QuantPlan, network: nn.Module, request: Request, example: Tensor) -> QuantPlan:
+    """The plan, and what instance norms read rounded as the request says; arguments as in ``request_plan``."""
+    if request.norms is None:
+        return plan
+    return plan.with_outputs(observe(network, example).normalized_layers(), request.norms)
 
 
 def requested_network(network: nn.Module, request: Request, example: Tensor, splits: bool) -> nn.Module:

@@ -37,6 +37,7 @@ class Request:
         budget: such as ``("weights=4.0bits",)``, see ``allocation.allocate``; empty where ``weights`` decides.
         choices: bit widths for the budget.
         activations: format of all activations; None where the budget decides on them, too.
+        norms: format of what instance norms read, such as ``int8``: engines then run them on integers; None leaves it float.
         scale: of ``intN`` formats: ``power-of-two`` or ``free``.
         metric: of the allocation: ``sqnr``, ``fisher`` or ``hessian``.
         float_epochs: of the float phase, where there is one.
@@ -56,6 +57,7 @@ class Request:
     budget: tuple[str, ...] = ()
     choices: tuple[int, ...] = (2, 3, 4, 6, 8)
     activations: str | None = None
+    norms: str | None = None
     scale: Scale = "power-of-two"
     metric: Metric = "sqnr"
     float_epochs: int = 1000
@@ -76,7 +78,7 @@ class Request:
             )
         if self.activations is None and not any("activations" in text for text in self.budget):
             raise ValueError("activations is missing, expected a format such as 'int6'")
-        for name in ("weights", "activations"):
+        for name in ("weights", "activations", "norms"):
             text = getattr(self, name)
             if text is not None and QFormat(text).is_float:
                 raise ValueError(
@@ -133,6 +135,7 @@ class Request:
         for name, kinds in (
             ("weights", str),
             ("activations", str),
+            ("norms", str),
             ("base_plans", str),
             ("base_trainer", str),
         ):

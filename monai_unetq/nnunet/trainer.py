@@ -46,7 +46,14 @@ from ..training import SkipSupervisionLoss, cosine, freeze_norms, parameter_grou
 from ..training.handlers.seeding import isolated_randomness
 from ..training.norms import norms_stand_still
 from ..training.supervision import supervision_weight
-from .network import example_image, on_batch_norm, request_plan, requested_network, without_deep_supervision
+from .network import (
+    example_image,
+    on_batch_norm,
+    request_plan,
+    requested_network,
+    with_norms,
+    without_deep_supervision,
+)
 from .progress import caption
 from .request import SECTION, Request
 
@@ -303,7 +310,8 @@ class _QuantizingTrainer(nnUNetTrainer):
             return request_plan(network, self.request, example, learned=True)
         # What was measured is used again for the same cases only: folds may have been drawn anew.
         measured = None if self.disable_checkpointing else self.folder / _digest(batches)
-        return self._allocated(network, batches, self.request, measured)
+        plan = self._allocated(network, batches, self.request, measured)
+        return with_norms(plan, network, self.request, example)
 
     def _allocated(
         self, network: nn.Module, batches: list[dict[str, Any]], request: Request, folder: Path | None = None

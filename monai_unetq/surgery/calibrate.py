@@ -38,7 +38,7 @@ def calibrate(
 ) -> nn.Module:
     """Fit a quantized network to its formats, in place, from a few batches of *training* data.
 
-    Scales of ``intN`` activations and weights are set from the values seen; those of a split convolution's parts then meet
+    Scales of ``intN`` activations, outputs and weights are set from the values seen; those of a split convolution's parts then meet
     on one grid (``tie``) where they are powers of two. Static formats have no scale to set:
     there the network is rescaled to the formats, by powers of two in its paired batch norms (``surgery.rescale``).
 
@@ -64,11 +64,15 @@ def calibrate(
     observers = {
         name: {part: RangeObserver() for part in layer.input_quantizers} for name, layer in layers.items()
     }
+    outputs = {name: q for name, layer in layers.items() if (q := layer.output_quantizer) is not None}
+    output_observers = {name: RangeObserver() for name in outputs}
     example: Tensor | None = None
     try:
         for name, layer in layers.items():
             for part, quantizer in layer.input_quantizers.items():
                 quantizer.observer = observers[name][part]
+        for name, quantizer in outputs.items():
+            quantizer.observer = output_observers[name]
         with evaluating(network):
             for number, batch in enumerate(batches):
                 image = image_of(batch).to(device)
@@ -78,21 +82,22 @@ def calibrate(
                 network(image)
     finally:
         for layer in layers.values():
-            for quantizer in layer.input_quantizers.values():
+            for quantizer in layer.quantizers:
                 quantizer.observer = None
     if example is None:
         raise ValueError("calibrate: no batch was given, expected at least one batch of training images")
     found = []
-    for name, layer in layers.items():
-        for part, quantizer in layer.input_quantizers.items():
-            if quantizer.number_format.has_free_scale:
-                try:
-                    scale = observers[name][part].scale(
-                        quantizer.number_format, method, quantizer.power_of_two
-                    )
-                except ValueError as error:
-                    raise ValueError(f"layer '{name}': {error}") from None
-                found.append((quantizer, scale))
+    seen_by = [
+        *((n, quantizer, observers[n][p]) for n, m in layers.items() for p, quantizer in m.input_quantizers.items()),
+        *((name, quantizer, output_observers[name]) for name, quantizer in outputs.items()),
+    ]  # fmt: skip
+    for name, quantizer, observer in seen_by:
+        if quantizer.number_format.has_free_scale:
+            try:
+                scale = observer.scale(quantizer.number_format, method, quantizer.power_of_two)
+            except ValueError as error:
+                raise ValueError(f"layer '{name}': {error}") from None
+            found.append((quantizer, scale))
     for quantizer, scale in found:
         quantizer.set_scale(scale)
     for layer in layers.values():

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
@@ -24,6 +25,8 @@ __all__ = ["LayerCall", "Operation", "Trace", "evaluating", "example_for", "obse
 
 LAYERS: tuple[type[nn.Module], ...] = (*QUANTIZED_LAYERS, QuantizedLayer)
 NORMS: tuple[type[nn.Module], ...] = (*PAIRED_NORMS, PairedNorm)
+UNFOLDED_NORMS: tuple[type[nn.Module], ...] = (_InstanceNorm, nn.GroupNorm)
+"""Norms whose statistics are the image's own: no weight can hold them."""
 
 # Operations whose result is never negative, whatever goes in.
 _NEVER_NEGATIVE = {
@@ -112,6 +115,7 @@ class Trace:
     operations: list[Operation] = field(default_factory=list)
     calls: list[LayerCall] = field(default_factory=list)
     norm_inputs: dict[str, list[int]] = field(default_factory=dict)
+    unfolded_norms: set[str] = field(default_factory=set)
     network_input: int = -1
     network_outputs: set[int] = field(default_factory=set)
     shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -154,6 +158,17 @@ class Trace:
             if alone:
                 pairs[producers[0].layer] = norm
         return pairs
+
+    def normalized_layers(self) -> list[str]:
+        """Names of the layers whose outputs instance or group norms read, and nothing else, in the order they ran."""
+        others = {
+            call.layer
+            for call in self.calls
+            if call.output in self.network_outputs
+            or not call.channels_second
+            or not {op.module for op in self.consumers(call.output)} <= self.unfolded_norms
+        }
+        return [layer for layer in self.layers() if layer not in others]
 
 
 class _Recorder(TorchDispatchMode):
@@ -243,6 +258,8 @@ def observe(network: nn.Module, example: Tensor) -> Trace:
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         recorder.stack.append(names[module])
+        if isinstance(module, UNFOLDED_NORMS):
+            trace.unfolded_norms.add(names[module])
         if isinstance(module, (*NORMS, *LAYERS)):
             number = recorder.number(args[0] if args else kwargs["input"])
             if isinstance(module, NORMS):

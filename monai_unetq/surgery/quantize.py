@@ -80,7 +80,7 @@ def quantize(network: nn.Module, plan: QuantPlan, example: Tensor | None = None)
                 + ", ".join(cls.__name__ for cls in QUANTIZED_LAYERS)
             )
     trace = observe(network, example_for(network) if example is None else example)
-    ran = set(trace.layers())
+    ran, pairs = set(trace.layers()), trace.paired_norms()
     inputs = {}
     for name in plan:
         same = {other for other, module in modules.items() if module is modules[name]} & ran
@@ -94,12 +94,21 @@ def quantize(network: nn.Module, plan: QuantPlan, example: Tensor | None = None)
                 )
         inputs[name] = _resolve(plan[name].inputs, trace, min(same))
         _check_values(name, modules[name])
-        for number_format in inputs[name].values():
+        output = plan[name].output
+        for what, number_format in (
+            *(("input", number_format) for number_format in inputs[name].values()),
+            *([] if output is None else [("output", output)]),
+        ):
             try:
                 Quantizer(number_format)
             except ValueError as error:
-                raise ValueError(f"plan: input of layer '{name}': {error}") from None
-    for layer_name, norm_name in trace.paired_norms().items():
+                raise ValueError(f"plan: {what} of layer '{name}': {error}") from None
+        if output is not None and (norm := next((pairs[other] for other in same & pairs.keys()), None)):
+            raise ValueError(
+                f"plan: layer '{name}' folds the batch norm '{norm}', so that its output is what comes behind it; leave "
+                "'output' out of the plan"
+            )
+    for layer_name, norm_name in pairs.items():
         if modules[layer_name] in [modules[name] for name in plan]:
             _check_values(norm_name, modules[norm_name])
     for name, layer in plan.layers.items():
@@ -115,6 +124,7 @@ def quantize(network: nn.Module, plan: QuantPlan, example: Tensor | None = None)
             power_of_two=plan.scale == "power-of-two",
             learned=plan.learned,
             rounds_bias=layer.bias == "accumulator",
+            output=layer.output,
         )
     pair_norms(network, trace)
     return network
@@ -244,6 +254,7 @@ def plan_of(network: nn.Module) -> QuantPlan:
             {part: quantizer.number_format for part, quantizer in layer.input_quantizers.items()},
             "accumulator" if layer.rounds_bias else "float",
             tuple((part.name, part.channels) for part in layer.parts) or None,
+            None if layer.output_quantizer is None else layer.output_quantizer.number_format,
         )
         for name, layer in layers.items()
     }
@@ -269,7 +280,7 @@ def plan_of_state(state: Mapping[str, Tensor]) -> QuantPlan | None:
     """
     layers, flags, per_channel = {}, [], False
     for name, keys, channels in _quantizers_in(state):
-        formats: dict[str, dict[str, QFormat]] = {"weight": {}, "input": {}}
+        formats: dict[str, dict[str, QFormat]] = {"weight": {}, "input": {}, "output": {}}
         for part, what, key in keys:
             code, scale = (state.get(f"{key}.{entry}") for entry in ("format_code", "log2_scale"))
             if code is None or scale is None or tuple(code.shape) != (5,):
@@ -282,7 +293,8 @@ def plan_of_state(state: Mapping[str, Tensor]) -> QuantPlan | None:
             if found.has_free_scale and found.kind != "pow2":
                 flags.append(bool(power_of_two))
             per_channel |= scale.dim() > 0
-        layers[name] = LayerPlan(formats["weight"], formats["input"], channels=channels)
+        output = formats["output"].get(WHOLE)
+        layers[name] = LayerPlan(formats["weight"], formats["input"], channels=channels, output=output)
     if not layers:
         return None
     return QuantPlan(
@@ -297,10 +309,16 @@ def _quantizers_in(
 ) -> Iterator[tuple[str, list[tuple[str, str, str]], tuple[tuple[str, int], ...] | None]]:
     """Quantized layers of a state: name; part, weight or input, and key of each quantizer; channels of the parts."""
     whole, split = ".weight_quantizer.format_code", ".weight_parts.parts"
+
+    def output_of(name: str) -> list[tuple[str, str, str]]:
+        quantizer = f"{name}.output_quantizer"
+        return [(WHOLE, "output", quantizer)] if f"{quantizer}.format_code" in state else []
+
     for key, value in state.items():
         if key.endswith(whole):
             name = key.removesuffix(whole)
-            yield name, [(WHOLE, what, f"{name}.{what}_quantizer") for what in ("weight", "input")], None
+            keys = [(WHOLE, what, f"{name}.{what}_quantizer") for what in ("weight", "input")]
+            yield name, keys + output_of(name), None
         elif key.endswith(split):
             name = key.removesuffix(split)
             try:
@@ -312,4 +330,4 @@ def _quantizers_in(
                 for part in parts
                 for what in ("weight", "input")
             ]
-            yield name, keys, tuple((part.name, part.channels) for part in parts)
+            yield name, keys + output_of(name), tuple((part.name, part.channels) for part in parts)

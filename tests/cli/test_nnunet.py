@@ -27,13 +27,13 @@ def test_path_prints_the_folder_alone(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_plan_writes_what_the_options_say(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "nnunet plan -d 4 -c 2d --budget weights=4.0bits --choices 2,4,8 --activations int6 --epochs 9 -o Mixed"
-    assert main([*words.split(), "--no-equalization"]) == 0
+    assert main([*words.split(), "--no-equalization", "--norms", "int8"]) == 0
     out = capsys.readouterr().out
     assert "plans: " in out and "next: nnUNetv2_train 4 2d 0 -tr nnUNetTrainerSSQAT -p Mixed" in out
     section = json.loads((dataset / "Mixed.json").read_text())["configurations"]["2d"]["monai_unetq"]
     assert section == {
         "base_plans": "nnUNetPlans", "budget": ["weights=4.0bits"], "choices": [2, 4, 8], "activations": "int6", "epochs": 9,
-        "equalized": False,
+        "norms": "int8", "equalized": False,
     }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from monai_unetq.deploy.qonnx import quant_attributes, to_qonnx
 from monai_unetq.deploy.trace import trace
 from monai_unetq.runtime.integer import load
 from monai_unetq.runtime.verify import labels
+from monai_unetq.surgery import observe
 from tests.deploy.networks import NETWORKS, quantized, traced
 
 EVERY = pytest.mark.parametrize("name", NETWORKS)
@@ -198,6 +199,46 @@ def test_openvino_leaves_the_epsilon_of_norms_alone(weights: str, spread: float,
     with torch.no_grad():
         expected = network(image).numpy()
     assert np.abs(np.array(compiled(image.numpy())[0]) - expected).max() < 1e-5
+
+
+def normalized(norm: str) -> nn.Module:
+    """A norm that cannot be folded between two convolutions."""
+    torch.manual_seed(0)
+    layer = {"instance": nn.InstanceNorm3d(4, affine=True), "group": nn.GroupNorm(2, 4)}[norm]
+    nn.init.uniform_(layer.weight, 0.5, 2.0)
+    return nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), layer, nn.LeakyReLU(0.01), nn.Conv3d(4, 2, 1)).eval()
+
+
+@pytest.mark.parametrize("norm", ["instance", "group"])
+def test_norms_on_integers(norm: str, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    network = normalized(norm)
+    image = 0.02 * torch.randn(1, 2, 12, 12, 12)  # the outputs' variance is not far above ε
+    plan = uq.QuantPlan.uniform(network, weights="int4", activations="int8", last="int7")
+    plan = plan.with_outputs(observe(network, image).normalized_layers(), "int8")
+    uq.calibrate(uq.quantize(network, plan, image), [image])
+    with torch.no_grad():
+        expected = network(image).numpy()
+    traced_ = trace(network, image, dynamic=False)
+    compiled = openvino.Core().compile_model(
+        read(to_qdq(traced_, target="openvino").model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    ran = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
+    kernels = {str(info["layerType"].value): str(info["primitiveType"].value) for info in ran}
+    assert kernels["MVN"].endswith("i8")
+    model = cleanup_model(ModelWrapper(to_qonnx(traced_).model))
+    by_qonnx = execute_onnx(model, {model.graph.input[0].name: image.numpy()})[model.graph.output[0].name]
+    by_openvino = np.array(compiled(image.numpy())[0])
+    for found in (
+        by_openvino,
+        by_onnxruntime(to_qdq(traced_).model, image.numpy(), optimized=True),
+        by_qonnx,
+    ):
+        assert np.mean(found != expected) < 1e-3
+    uq.pack(network, tmp_path / "model.unetq")
+    with torch.no_grad():
+        unpacked = uq.unpack(tmp_path / "model.unetq", normalized(norm))(image).numpy()
+    assert np.array_equal(unpacked, expected)
 
 
 def rounded_as(formats: str) -> tuple[nn.Module, torch.Tensor]:

@@ -31,7 +31,8 @@ def base(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copied = tmp_path_factory.mktemp("commands") / "base"
     shutil.copytree(prepared, copied)
     for words in (
-        ("-d", "901", "-c", "2d", "--budget", "weights=4.0bits", "--activations", "int6", "-o", "Mixed", "--epochs", "1"),
+        ("-d", "901", "-c", "2d", "--budget", "weights=4.0bits", "--activations", "int6", "--norms", "int8", "-o", "Mixed",
+         "--epochs", "1"),
         ("-d", "901", "-c", "2d", "--weights", "int4", "--activations", "int6", "-o", "Uniform", "--epochs", "1"),
         ("-d", "902", "-c", "3d_fullres", "-p", "nnUNetResEncUNetMPlans", "--weights", "Q1.7", "--activations", "Q4.4",
          "-o", "Fixed", "--epochs", "1"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,6 +55,18 @@ def test_layers_of_deep_supervision_alone_stay_float() -> None:
     assert (str(first.weight), str(first.input)) == ("int8", "int8")
     inner = plan["encoder.stages.1.0.convs.0.conv"]
     assert (str(inner.weight), str(inner.input)) == ("int4", "int6")
+
+
+def test_what_instance_norms_read_is_rounded_on_request() -> None:
+    net = network()
+    with without_deep_supervision(net):
+        plan = request_plan(net, replace(REQUEST, norms="int8"), torch.zeros(1, 1, 8, 4), learned=True)
+        assert all(
+            layer.output is None
+            for layer in request_plan(net, REQUEST, torch.zeros(1, 1, 8, 4), True).layers.values()
+        )
+    rounded = {name for name, layer in plan.layers.items() if layer.output is not None}
+    assert rounded == {name for name in plan if ".convs." in name} and len(rounded) == 5
 
 
 def test_deep_supervision_comes_back_after_an_error() -> None:

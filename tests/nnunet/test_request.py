@@ -35,6 +35,8 @@ def test_a_budget_for_activations_decides_on_them() -> None:
         ({"weights": "int99x"}, "int99x"),
         ({"weights": "float"}, "weights is 'float', expected a format that rounds"),
         ({"weights": 4}, "weights is 4, expected a string"),
+        ({"norms": "float"}, "norms is 'float', expected a format that rounds"),
+        ({"norms": True}, "norms is True, expected a string"),
         ({"budget": "weights=4bits"}, "budget is 'weights=4bits', expected a list of str"),
         ({"budget": ["weights=4bits"], "weights": "int4"}, "expected one of them"),
         ({"budget": ["weights=4bits"], "activations": "Q4.4"}, "beside a budget, expected intN"),

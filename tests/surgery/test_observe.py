@@ -299,3 +299,25 @@ def test_image_layers_are_those_that_the_input_goes_into_as_it_is() -> None:
     trace = observe(Residual(), IMAGE)
     assert trace.image_layers() == ["unit", "shortcut"]
     assert trace.layers()[-1] == "last"
+
+
+class Normalized(nn.Module):
+    """Convolutions in front of norms that no weight can hold, and in front of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.instance, self.instance_norm = nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4, affine=True)
+        self.group, self.group_norm = nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4)
+        self.batch, self.batch_norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.twice, self.twice_norm = nn.Conv2d(4, 4, 1), nn.InstanceNorm2d(4)
+        self.last, self.last_norm = nn.Conv2d(4, 4, 1), nn.InstanceNorm2d(4)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        x = self.batch_norm(self.batch(self.group_norm(self.group(self.instance_norm(self.instance(image))))))
+        twice = self.twice(x)
+        last = self.last(twice + self.twice_norm(twice))
+        return [last, self.last_norm(last)]
+
+
+def test_normalized_layers_are_read_by_instance_and_group_norms_alone() -> None:
+    assert observe(Normalized(), IMAGE).normalized_layers() == ["instance", "group"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,17 @@ from monai_unetq.layers import PairedNorm, QuantizedLayer
 from monai_unetq.networks import FixedPointUNet
 from monai_unetq.parts import WHOLE
 from monai_unetq.plan import LayerPlan, QuantPlan
-from monai_unetq.surgery import dequantize, fold, plan_of, plan_of_state, quantize, set_quantizers
+from monai_unetq.surgery import (
+    calibrate,
+    dequantize,
+    fold,
+    observe,
+    plan_of,
+    plan_of_state,
+    quantize,
+    set_quantizers,
+    split,
+)
 from monai_unetq.surgery.quantize import quantized_layers
 
 IMAGE = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -503,3 +514,64 @@ def test_a_float_checkpoint_loads_strictly_into_the_quantized_network() -> None:
     network.load_state_dict(other.state_dict())
     expected = quantize(other, QuantPlan.uniform(other, "Q0.4", "Q6.0"))
     assert torch.equal(run(network), run(expected))
+
+
+def normalized() -> nn.Module:
+    """Two convolutions with instance norms, the second one over a concatenation."""
+    torch.manual_seed(0)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.first_norm = nn.Conv2d(1, 4, 3, padding=1), nn.InstanceNorm2d(4)
+            self.down, self.up = nn.Conv2d(4, 4, 2, 2), nn.ConvTranspose2d(4, 4, 2, 2)
+            self.second, self.second_norm = nn.Conv2d(8, 4, 3, padding=1), nn.InstanceNorm2d(4)
+            self.last = nn.Conv2d(4, 2, 1)
+
+        def forward(self, image: Tensor) -> Tensor:
+            x = torch.relu(self.first_norm(self.first(image)))
+            x = torch.cat([x, self.up(torch.relu(self.down(x)))], 1)
+            out: Tensor = self.last(torch.relu(self.second_norm(self.second(x))))
+            return out
+
+    return Two().eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": "free"}, {"scale": "free", "learned": True}])
+def test_what_norms_read_is_rounded(options: dict[str, Any]) -> None:
+    network = normalized()
+    split(network, IMAGE)
+    plan = QuantPlan.uniform(network, "int4", "int6", **options)
+    plan = plan.with_outputs(observe(network, IMAGE).normalized_layers(), "int8")
+    calibrate(quantize(network, plan, IMAGE), [IMAGE])
+    found = plan_of(network)
+    assert [name for name in found if found[name].output] == ["first", "second"]
+    assert plan_of_state(network.state_dict()) == replace(found, learned=False)
+    seen: list[Tensor] = []
+    modules = dict(network.named_modules())
+    for norm in ("first_norm", "second_norm"):
+        modules[norm].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    run(network)
+    for name, values in zip(("first", "second"), seen, strict=True):
+        quantizer = quantized_layers(network)[name].output_quantizer
+        assert quantizer is not None
+        codes = values / quantizer.scale
+        torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-3)
+        assert 64 < codes.abs().max() <= 128
+    other = normalized()
+    split(other, IMAGE)
+    quantize(other, plan, IMAGE).load_state_dict(network.state_dict())
+    assert torch.equal(run(other), run(network))
+    expected = normalized()
+    assert torch.allclose(run(set_quantizers(other, False)), run(expected), atol=1e-5)
+    assert torch.allclose(run(dequantize(network)), run(expected), atol=1e-5)
+    assert network.state_dict().keys() == expected.state_dict().keys()
+
+
+def test_an_output_in_front_of_a_batch_norm_that_folds_is_refused() -> None:
+    network = unet()
+    plan = QuantPlan.uniform(network, "int4", "int6").with_outputs(["encoder.0.conv1"], "int8")
+    before = snapshot(network)
+    with pytest.raises(ValueError, match=r"'encoder.0.conv1' folds the batch norm 'encoder.0.norm1'"):
+        quantize(network, plan)
+    assert_unchanged(network, before)
