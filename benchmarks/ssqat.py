@@ -106,6 +106,8 @@ END_BITS = 8
 NAMES = {"dice": "Dice", "membrane_dice": "membrane Dice", "nsd": "boundary Dice", "hd95": "HD95 [px]"}
 MEASURES = tuple(NAMES)
 UNIFORM, EQUALIZED, EVERYTHING = "uniform", "+ equalization", "+ all"
+ABLATION = (UNIFORM, "+ split, mixed", "+ supervision", "+ both (SS-QAT)")
+"""Guo et al.'s."""
 LIMITS = {"W4A4": 0.5, "W3A4": 0.5, "W2A4": 1.0}
 """Of the drop of Dice, in points, at the widths that are asked to be as good as float."""
 
@@ -482,7 +484,7 @@ def mean_change(
 
 def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
     """The page's tables, made from the JSON documents alone."""
-    lines = beside_the_peers(documents) + bounds_table(documents)
+    lines = beside_the_peers(documents) + ablation_table(documents) + bounds_table(documents)
     for kind, document in documents.items():
         references = trainings(document, FLOAT, FLOAT)
         measures = [m for m in MEASURES if m in references[0]]
@@ -568,6 +570,25 @@ def cell(document: Mapping[str, Any], row: str, widths: str, folds: Sequence[int
         return ""
     dice, nsd = (mean_change(document, row, widths, measure, folds) for measure in ("dice", "nsd"))
     return f"{dice:+.1f} / {nsd:+.1f}" + (f" ({len(found)})" if len(found) > 1 else "")
+
+
+def ablation_table(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Guo et al.'s rows side by side, in the folds that have all of them; nothing where none has."""
+    lines = []
+    for (kind, document), widths in itertools.product(documents.items(), WIDTHS):
+        folds = sorted(
+            set.intersection(*(set(folds_of(trainings(document, row, widths))) for row in ABLATION))
+        )
+        if folds:
+            cells = [cell(document, row, widths, folds) for row in ABLATION]
+            lines.append(f"| {kind.upper()}, {widths} | {' | '.join(cells)} |")
+    if not lines:
+        return []
+    return [
+        "", "Guo et al.'s ablation, without equalization and teacher, change of Dice / boundary Dice to float, with the number of "
+        "trainings where there are several:", "",
+        f"| | {' | '.join(ABLATION)} |", "|---|" + "---:|" * len(ABLATION), *lines,
+    ]  # fmt: skip
 
 
 def bounds_table(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:

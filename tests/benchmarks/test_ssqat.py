@@ -94,6 +94,21 @@ def test_only_the_same_folds_are_compared(study: ModuleType) -> None:
     assert line == "| GM, W2A2, 2 folds |  | -1.0 / -1.0 (2) |  | -15.0 / -15.0 (2) Brevitas | 0.07 |"
 
 
+def test_the_ablation_has_lines_where_all_its_rows_were_trained(study: ModuleType) -> None:
+    numbers = {
+        "float": 90.0,
+        "uniform": 80.0,
+        "+ split, mixed": 81.0,
+        "+ supervision": 79.5,
+        "+ both (SS-QAT)": 84.0,
+    }
+    rows = [*compared(numbers, 0), row("uniform", "W3A3", 0, dice={"a": 1.0}, nsd={"a": 1.0})]
+    assert study.ablation_table({"em": {"rows": rows}})[5:] == [
+        "| EM, W2A2 | -10.0 / -10.0 | -9.0 / -9.0 | -10.5 / -10.5 | -6.0 / -6.0 |"
+    ]
+    assert study.ablation_table({"em": {"rows": rows[:3]}}) == []
+
+
 def test_bounds_of_the_drop(study: ModuleType) -> None:
     rows = [
         row("float", "float", 0, dice={"a": 90.0}),
