@@ -148,8 +148,8 @@ class _Lowering:
             self._emulate(node, source, scale, qmin, qmax, kind, layer)
             return
         signed = qmin < 0
-        # OpenVINO convolves int8 activations wrongly where there is no VNNI, transposed ones with a zero point in float, and
-        # norms such, too.
+        # OpenVINO convolves int8 activations wrongly where there is no VNNI; transposed convolutions and norms of what has a
+        # zero point it runs in float.
         offset = (
             signed
             and self.target != "tensorrt"

@@ -166,7 +166,8 @@ class Trace:
             for call in self.calls
             if call.output in self.network_outputs
             or not call.channels_second
-            or not {op.module for op in self.consumers(call.output)} <= self.unfolded_norms
+            or not (readers := {op.module for op in self.consumers(call.output)})
+            or not readers <= self.unfolded_norms
         }
         return [layer for layer in self.layers() if layer not in others]
 

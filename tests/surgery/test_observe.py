@@ -310,11 +310,13 @@ class Normalized(nn.Module):
         self.group, self.group_norm = nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4)
         self.batch, self.batch_norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
         self.twice, self.twice_norm = nn.Conv2d(4, 4, 1), nn.InstanceNorm2d(4)
+        self.unread = nn.Conv2d(4, 4, 1)
         self.last, self.last_norm = nn.Conv2d(4, 4, 1), nn.InstanceNorm2d(4)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         x = self.batch_norm(self.batch(self.group_norm(self.group(self.instance_norm(self.instance(image))))))
         twice = self.twice(x)
+        self.unread(x)
         last = self.last(twice + self.twice_norm(twice))
         return [last, self.last_norm(last)]
 
