@@ -204,7 +204,7 @@ def test_openvino_leaves_the_epsilon_of_norms_alone(weights: str, spread: float,
 def normalized(norm: str) -> nn.Module:
     """A norm that cannot be folded between two convolutions."""
     torch.manual_seed(0)
-    layer = {"instance": nn.InstanceNorm3d(4, affine=True), "group": nn.GroupNorm(2, 4)}[norm]
+    layer = nn.InstanceNorm3d(4, affine=True) if norm == "instance" else nn.GroupNorm(2, 4)
     nn.init.uniform_(layer.weight, 0.5, 2.0)
     return nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), layer, nn.LeakyReLU(0.01), nn.Conv3d(4, 2, 1)).eval()
 
