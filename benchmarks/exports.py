@@ -32,9 +32,11 @@ from monai_unetq.deploy.qonnx import to_qonnx
 from monai_unetq.deploy.trace import trace
 from monai_unetq.files import write_json
 from monai_unetq.recipe import versions
-from monai_unetq.reproduction.pages import between
 from monai_unetq.runtime.verify import labels
 from monai_unetq.surgery import observe, quantized_layers
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.processors import features, processor_kind, write_page
 
 EXAMPLES = """\
 examples:
@@ -325,7 +327,7 @@ def verified(network: nn.Module, image: Tensor, holds: bool) -> dict[str, Any]:
     lowered = to_qdq(traced)
     found["onnxruntime"] = compared(lowered.model, by_onnxruntime, array, expected, codes)
     found["onnxruntime"]["notes"] = lowered.notes
-    lowered = to_qdq(traced, target="openvino", shuffled=not has_vnni())
+    lowered = to_qdq(traced, target="openvino", shuffled=processor_kind() == "avx2")
     found["openvino"] = compared(lowered.model, by_openvino, array, expected, codes)
     share, floats = int8_share(lowered.model, image.shape)
     found["openvino"] |= {"notes": lowered.notes, "int8_macs": share, "float_layers": floats}
@@ -425,19 +427,9 @@ def collected(out: Path) -> dict[str, Any]:
     }
 
 
-def _kinds() -> list[str]:
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    return [kind for kind in ("amx_int8", "avx512_vnni", "avx_vnni", "avx2") if kind in flags]
-
-
-def has_vnni() -> bool:
-    """Whether the processor multiplies 8-bit integers without saturating: what ``--for vnni`` is for."""
-    return any(kind != "avx2" for kind in _kinds())
-
-
 def _processor() -> str:
-    kinds = _kinds()
-    return f"x86-64 with {kinds[0].replace('_', ' ').upper()}" if kinds else "unknown"
+    found = features()
+    return f"x86-64 with {found[0].replace('_', ' ').upper()}" if found else "unknown"
 
 
 def _slug(name: str) -> str:
@@ -452,8 +444,14 @@ def _cell(found: Mapping[str, Any]) -> str:
     return f"{found['labels_differ']:.2%}"
 
 
-def markdown(document: Mapping[str, Any]) -> str:
-    """The page's tables, made from the JSON document alone."""
+def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page's tables, made from the JSON documents alone, for each kind of processor."""
+    parts = [["", f"## {kind.upper()}", *tables(document)] for kind, document in documents.items()]
+    return "\n".join([*(line for part in parts for line in part), ""])
+
+
+def tables(document: Mapping[str, Any]) -> list[str]:
+    """Those of one document."""
     lines = [
         "",
         f"Processor: {document['processor']}. {', '.join(f'{k} {v}' for k, v in document['versions'].items())}.",
@@ -467,8 +465,7 @@ def markdown(document: Mapping[str, Any]) -> str:
         lines.append(
             f"| {case['network']} | {case['plan']} | {'yes' if case['split'] else ''} | {' | '.join(cells)} | {share} |"
         )
-    lines += ["", *exceptions(document["cases"]), ""]
-    return "\n".join(lines)
+    return [*lines, "", *exceptions(document["cases"])]
 
 
 def exceptions(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -509,11 +506,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     if options.what == "page":
-        document = collected(options.out)
-        page = options.page / "exports.md"
-        text = between(page.read_text(encoding="utf-8"), *MARKS, markdown(document))
-        write_json(options.page / "exports.json", document)
-        page.write_text(text, encoding="utf-8")
+        write_page("exports", collected(options.out), options.page, MARKS, markdown)
         return 0
     if options.em is None or options.hippocampus is None:
         parser.error("run: needs --em and --hippocampus")

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from monai_unetq.deploy.exporting import Profile
 from monai_unetq.files import write_json
 from monai_unetq.recipe import versions
-from monai_unetq.reproduction.pages import between
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.processors import features, processor_kind, write_page
 
 EXAMPLES = """\
 examples:
@@ -129,12 +130,11 @@ def prepare(name: str, norm: str, folder: Path) -> None:
     openvino.save_model(
         nncf.quantize(model, nncf.Dataset(samples), subset_size=len(samples)), folder / "nncf.xml"
     )
-    profile: Profile = "vnni" if has_vnni() else "avx2"
     for ending, split, rounded in (("", False, True), ("-split", True, True), ("-float", False, False)):
         if norm != "instance" and not rounded:
             continue
         ours = quantized_network(name, norm, split, rounded)
-        uq.export(ours, image, "openvino", folder / f"openvino{ending}", profile=profile)
+        uq.export(ours, image, "openvino", folder / f"openvino{ending}", profile=processor_kind())
         if ending != "-split":
             uq.export(ours, image, "onnx", folder / f"onnx{ending}")
 
@@ -318,17 +318,7 @@ def run(options: argparse.Namespace) -> None:
 
 def has_bf16() -> bool:
     """Whether the processor has instructions for bf16; without them it is only slow, and is left out."""
-    return any(kind in _flags() for kind in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def has_vnni() -> bool:
-    """Whether the processor has instructions for sums of 8-bit products."""
-    return any(kind in _flags() for kind in ("avx512_vnni", "avx_vnni", "amx_int8"))
-
-
-def _flags() -> str:
-    file = Path("/proc/cpuinfo")
-    return file.read_text(encoding="utf-8") if file.exists() else ""
+    return any(name.endswith("bf16") for name in features())
 
 
 def _size(folder: Path, pattern: str) -> int:
@@ -342,17 +332,22 @@ def collected(out: Path) -> dict[str, Any]:
     def read(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
 
-    has = [k for k in ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2") if k in _flags()]
     return {
         "versions": versions("onnxruntime", "openvino", "nncf"),
-        "processor": f"{os.cpu_count()} cores, {(has or ['unknown'])[0]}",
+        "processor": f"{os.cpu_count()} cores, {(features() or ['unknown'])[0]}",
         "networks": [read(out / f"{n}-{k}.json") for n in SIZES for k in NORMS if (out / f"{n}-{k}.json").exists()],
         "activations": read(out / "activations.json") if (out / "activations.json").exists() else {"rows": [], "networks": []},
     }  # fmt: skip
 
 
-def markdown(document: dict[str, Any]) -> str:
-    """The page's tables, made from the JSON document alone."""
+def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page's tables, made from the JSON documents alone, for each kind of processor."""
+    parts = [["", f"## {kind.upper()}", *tables(document)] for kind, document in documents.items()]
+    return "\n".join([*(line for part in parts for line in part), ""])
+
+
+def tables(document: Mapping[str, Any]) -> list[str]:
+    """Those of one document."""
     lines = [
         "",
         f"{document['processor']}; {', '.join(f'{k} {v}' for k, v in document['versions'].items())}.",
@@ -362,7 +357,7 @@ def markdown(document: dict[str, Any]) -> str:
         reference, peer = engines[REFERENCE]["seconds"], engines[PEER]["seconds"]
         size = "×".join(map(str, one["size"]))
         lines += [
-            "", f"## {one['network'].upper()}, {one['norm']} norm, {size}, features {one['features']}", "",
+            "", f"### {one['network'].upper()}, {one['norm']} norm, {size}, features {one['features']}", "",
             "| engine | ms | times faster than torch float32 | than NNCF's INT8 | peak memory [MiB] |", "|---|---:|---:|---:|---:|",
         ]  # fmt: skip
         for engine, found in engines.items():
@@ -377,7 +372,7 @@ def markdown(document: dict[str, Any]) -> str:
             f"Files: our ONNX {held['our ONNX'] / held['float32 ONNX']:.3f} of float32's, our IR's weights "
             f"{held['our IR'] / held['float32 IR']:.3f}, NNCF's {held['NNCF IR'] / held['float32 IR']:.3f}.",
         ]
-    lines += ["", "## Activation layers alone", "", "| engine | layer | shape | float32 [µs] | INT8 [µs] |", "|---|---|---|---:|---:|"]  # fmt: skip
+    lines += ["", "### Activation layers alone", "", "| engine | layer | shape | float32 [µs] | INT8 [µs] |", "|---|---|---|---:|---:|"]  # fmt: skip
     rows = {
         (r["engine"], r["layer"], tuple(r["shape"]), r["type"]): r["microseconds"] for r in document["activations"]["rows"]
     }  # fmt: skip
@@ -386,7 +381,7 @@ def markdown(document: dict[str, Any]) -> str:
         lines.append(f"| {engine} | {layer} | {'×'.join(map(str, shape))} | {' | '.join(cells)} |")
     size = "×".join(map(str, SIZES["2d"]))
     lines += [
-        "", f"## The paper's U-Net with either, width {WIDTH}, {size}", "",
+        "", f"### The paper's U-Net with either, width {WIDTH}, {size}", "",
         "| engine | activation | float32 [ms] | INT8 [ms] |", "|---|---|---:|---:|",
     ]  # fmt: skip
     times = {
@@ -395,7 +390,7 @@ def markdown(document: dict[str, Any]) -> str:
     for engine, layer in dict.fromkeys(key[:2] for key in times):
         cells = [f"{times[engine, layer, kind]:.1f}" for kind in ("float32", "INT8")]
         lines.append(f"| {engine} | {layer} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -423,11 +418,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         )
     elif options.what == "page":
-        document = collected(options.out)
-        page = options.page / "inference.md"
-        text = between(page.read_text(encoding="utf-8"), *MARKS, markdown(document))
-        write_json(options.page / "inference.json", document)
-        page.write_text(text, encoding="utf-8")
+        write_page("inference", collected(options.out), options.page, MARKS, markdown)
     else:
         run(options)
     return 0

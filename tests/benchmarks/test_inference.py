@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from types import ModuleType
 
 import pytest
 
+from benchmarks.processors import KINDS, documents
 from monai_unetq.reproduction.pages import between
 from tests.benchmarks.scripts import BENCHMARKS, load
 
@@ -20,10 +20,11 @@ def inference() -> ModuleType:
 
 
 def test_the_committed_page_is_made_from_the_committed_json(inference: ModuleType) -> None:
-    document = json.loads((RESULTS / "inference.json").read_text(encoding="utf-8"))
+    kept = documents("inference", RESULTS)
+    assert set(kept) == set(KINDS)
     page = (RESULTS / "inference.md").read_text(encoding="utf-8")
     begin, end = inference.MARKS
-    assert between(page, begin, end, inference.markdown(document)) == page
+    assert between(page, begin, end, inference.markdown(kept)) == page
 
 
 def test_ratios(inference: ModuleType) -> None:
@@ -38,7 +39,7 @@ def test_ratios(inference: ModuleType) -> None:
             }
         ],
     }  # fmt: skip
-    page = inference.markdown(document)
+    page = inference.markdown({"vnni": document})
     assert "| OpenVINO, ours | 200.0 | 5.00 | 1.25 | 100 |" in page
     assert "our ONNX 0.250 of float32's, our IR's weights 0.260, NNCF's 0.270" in page
 
@@ -55,5 +56,5 @@ def test_activation_layers_are_timed(inference: ModuleType) -> None:
         "networks": [],
         "activations": {"rows": rows, "networks": times},
     }
-    page = inference.markdown(document)
+    page = inference.markdown({"vnni": document})
     assert page.count("100×300") == 4 and "| OpenVINO | tanh | 2.0 | 1.0 |" in page

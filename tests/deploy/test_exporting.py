@@ -66,9 +66,28 @@ def test_what_a_target_has_not_is_refused(tmp_path: Path) -> None:
         uq.export(case.network, case.image, "coreml", tmp_path / "out")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="store is 'int4', but openvino"):
         uq.export(case.network, case.image, "openvino", tmp_path / "out", store="int4")
+    with pytest.raises(ValueError, match="profile is 'vnni' for onnx, expected one of onnxruntime, tensorrt"):
+        uq.export(case.network, case.image, "onnx", tmp_path / "out", profile="vnni")
+    with pytest.raises(ValueError, match="profile is 'avx2' for qonnx, which has no such choice"):
+        uq.export(case.network, case.image, "qonnx", tmp_path / "out", profile="avx2")
     with pytest.raises(ValueError, match="not quantized"):
         uq.export(NETWORKS["nnunet plain"].build(), case.image, "onnx", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("profile", "kept"), [(None, "vnni"), ("vnni", "vnni"), ("avx2", "avx2")])
+def test_the_ir_has_transposed_convolutions_but_for_avx2(
+    tmp_path: Path, profile: exporting.Profile | None, kept: str
+) -> None:
+    openvino = pytest.importorskip("openvino")
+    case = traced("nnunet plain")
+    document = uq.export(case.network, case.image, "openvino", tmp_path / "ir", profile=profile)
+    operators = {
+        op.get_type_name() for op in openvino.Core().read_model(tmp_path / "ir" / "model.xml").get_ops()
+    }
+    assert document["profile"] == kept
+    assert ("ConvolutionBackpropData" in operators) == (kept == "vnni")
+    assert ("DepthToSpace" in operators) == (kept == "avx2")
 
 
 def test_sizes_of_the_papers_network_beside_float32(tmp_path: Path) -> None:
