@@ -305,6 +305,17 @@ def test_equalization_leaves_the_float_network_what_it_is(
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
 
 
+@pytest.mark.parametrize("widths", [MIXED, UNIFORM], ids=["allocated", "uniform"])
+def test_what_norms_read_is_rounded_on_request(folders: Path, widths: dict[str, Any]) -> None:
+    trainer = make(folders, nnUNetTrainerSSQAT, {**widths, "norms": "int8"})
+    trainer.initialize()
+    trainer.current_epoch = trainer.float_epochs
+    trainer._begin_quantized()
+    plan = plan_of(uq.strip(trainer.core))
+    rounded = {name for name, layer in plan.layers.items() if layer.output is not None}
+    assert rounded == {name for name in plan if ".convs." in name} and rounded
+
+
 def test_the_moving_average_begins_anew_with_the_quantized_network(folders: Path) -> None:
     trainer = make(folders, nnUNetTrainerQAT, {**UNIFORM, "float_epochs": 2})
     logged = trained(trainer)["logging"]
