@@ -27,7 +27,7 @@ from monai_unetq.cli import main
 from monai_unetq.layers import PairedNorm
 from monai_unetq.nnunet import SECTION
 from monai_unetq.nnunet.trainer import nnUNetTrainerFixedPoint, nnUNetTrainerQAT, nnUNetTrainerSSQAT
-from monai_unetq.surgery import plan_of_state, quantized_layers, set_quantizers
+from monai_unetq.surgery import plan_of, plan_of_state, quantized_layers, set_quantizers
 from monai_unetq.surgery.supervise import SkipSupervision
 from tests.nnunet.datasets import FLAT, REGIONS, load
 
