@@ -120,7 +120,8 @@ def _ends(scale: Tensor, qmin: int, qmax: int) -> tuple[float, float]:
 
 
 def in_cache(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """The tensors in pieces that a processor's cache holds, where all lie in one dense order; else whole.
+    """The tensors in pieces that a processor's cache holds, where all lie in one dense order, or each image of them; else
+    whole.
 
     Passes over pieces cost a fraction of passes over a whole activation, which go through memory each time.
     """
@@ -129,9 +130,15 @@ def in_cache(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     if first.device.type != "cpu" or recorded():
         return whole
     dense = torch.ops.aten.is_non_overlapping_and_dense
-    if not all(t.stride() == first.stride() and dense(t) for t in tensors):
-        return whole
-    return [t.as_strided((t.numel(),), (1,)).split(_PIECE) for t in tensors]
+    if all(t.stride() == first.stride() and dense(t) for t in tensors):
+        return [t.as_strided((t.numel(),), (1,)).split(_PIECE) for t in tensors]
+    # Some channels of an activation: dense within each image.
+    if first.dim() > 1 and all(t.stride()[1:] == first.stride()[1:] and dense(t[:1]) for t in tensors):
+        return [
+            tuple(piece for i in t.unbind() for piece in i.as_strided((i.numel(),), (1,)).split(_PIECE))
+            for t in tensors
+        ]
+    return whole
 
 
 def fake_quantize(tensor: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None = None) -> Tensor:

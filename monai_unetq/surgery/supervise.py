@@ -180,6 +180,11 @@ class _Tap:
         """Behind a quantized layer's input quantizer."""
         self._take(output)
 
+    def part(self, quantizer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Behind the quantizer of one part, before the parts are joined, which spares cutting it out again."""
+        for number in self.numbers:
+            self.supervision.take(number, output)
+
     def _take(self, tensor: Tensor) -> None:
         for number in self.numbers:
             reading = self.supervision.readings[number]
@@ -240,6 +245,10 @@ def attach_supervision(
         tap = _Tap(supervision, [n for n, reading in enumerate(readings) if reading.layer == layer])
         module = modules[layer]
         if isinstance(module, QuantizedLayer):
+            for number in tap.numbers if module.parts else ():
+                quantizer = module.input_quantizers[readings[number].part]
+                quantizer.register_forward_hook(_Tap(supervision, [number]).part)
+            # Of a split layer, too: its parts' quantizers do not run while none of them rounds.
             place = module.input_parts if module.parts else module.input_quantizer
             place.register_forward_hook(tap.behind)
         else:

@@ -295,7 +295,7 @@ def gradients(
 
 
 def layouts() -> dict[str, Tensor]:
-    """The same kind of tensor (6, 4, 10, 8) in all the memory layouts that reach a quantizer."""
+    """Tensors in all the memory layouts that reach a quantizer."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -310,6 +310,8 @@ def layouts() -> dict[str, Tensor]:
         "crop": normal(6, 4, 12, 12)[:, :, 1:11, 2:10],
         "expanded": normal(6, 1, 10, 8).expand(6, 4, 10, 8),
         "large": normal(20, 4, 32, 32),
+        "some channels": normal(6, 8, 10, 8)[:, 2:6],
+        "many channels": normal(2, 160, 32, 32)[:, 20:],
     }
 
 
