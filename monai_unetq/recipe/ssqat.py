@@ -184,7 +184,7 @@ def ssqat_network(
     Args:
         network: float, trained.
         loss: see ``ssqat_plan``.
-        batches: see ``ssqat_plan``.
+        batches: see ``ssqat_plan``; a list or a loader, as they are gone through several times.
         folder: see ``ssqat_plan``.
         num_classes: see ``attach_supervision``.
         equalized: bring the channels of activations to one range first, see ``equalize``.
@@ -196,12 +196,16 @@ def ssqat_network(
         the network.
 
     Raises:
-        ValueError: as ``equalize``, ``split``, ``ssqat_plan``, ``quantize`` and ``attach_supervision`` do.
+        ValueError: as ``equalize``, ``split``, ``ssqat_plan``, ``quantize`` and ``attach_supervision`` do, or if batches
+            is an iterator.
     """
-    example = image_of(next(iter(batches)))[:1].to(next(network.parameters()).device)
+    _refuse_iterator("ssqat_network: batches", batches)
+    seed = options.get("seed", 0)
+    with isolated_randomness(seed, batches):
+        example = image_of(next(iter(batches)))[:1].to(next(network.parameters()).device)
     teacher = copy.deepcopy(network) if distilled else None
     if equalized:
-        with isolated_randomness(options.get("seed", 0), batches):
+        with isolated_randomness(seed, batches):
             equalize(network, batches)
     split(network, example)
     plan = ssqat_plan(network, loss, batches, folder, **options)
@@ -209,7 +213,7 @@ def ssqat_network(
     if supervised:
         # The heads' first weights follow from the seed, whatever was drawn before.
         with torch.random.fork_rng():
-            torch.manual_seed(options.get("seed", 0))
+            torch.manual_seed(seed)
             attach_supervision(network, example, num_classes, teacher=teacher)
     elif teacher is not None:
         attach_teacher(network, teacher)
@@ -264,7 +268,8 @@ def ssqat(
         ``out/model.unetq``; beside it ``plan.json``, ``model.pt`` (unfolded), ``allocation/`` and ``sensitivity/``.
 
     Raises:
-        ValueError: as the stages do, or if the validation gives no finite score.
+        ValueError: as the stages do, if the loss or the validation is not finite, or if ``out`` holds files of these
+            names but no ``stage.json``: something else wrote them, and they are left as they are.
 
     Example:
         >>> packed = ssqat(network, soft_dice_loss(), loader, validate, "ssqat", epochs=20, budget="weights=3bits")
@@ -277,17 +282,16 @@ def ssqat(
     supervised = SkipSupervisionLoss(
         loss, supervision, distillation=distillation, **(supervision_options or {})
     )
-    if isinstance(calibration, Iterator):
-        raise ValueError(
-            "ssqat: calibration is an iterator, which is empty after one pass; give a list or a loader"
-        )
+    _refuse_iterator("ssqat: calibration", calibration)
     out = Path(out)
     packed = out / "model.unetq"
     settings = {
         "network": network_digest(network), "epochs": epochs, "learning_rate": learning_rate, "supervision": supervision,
         "distillation": distillation, "equalized": equalized,
         "supervision_options": dict(supervision_options or {}), "num_classes": num_classes, "seed": seed,
-        "options": {key: list(v) if isinstance(v, tuple) else v for key, v in options.items()},
+        "options": {
+            key: list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for key, v in options.items()
+        },
     }  # fmt: skip
     if (
         open_stage(out, settings, ["checkpoint.pt", "model.pt", "model.unetq", "plan.json"])
@@ -308,6 +312,7 @@ def ssqat(
         device=device, max_epochs=epochs, train_data_loader=loader, network=work, optimizer=optimizer,
         loss_function=supervised, decollate=False,
     )  # fmt: skip
+    trainer.logger = logger.getChild("trainer")  # ignite's own is that of all trainers of this class
     trainer.logger.setLevel(logging.WARNING)
     handler = Calibration(work, batches, epochs, reestimate=True)
     objects = {
@@ -342,6 +347,12 @@ def ssqat(
     pack(work, packed)
     (out / "checkpoint.pt").unlink()
     return packed
+
+
+def _refuse_iterator(name: str, batches: Any) -> None:
+    """They are gone through several times."""
+    if isinstance(batches, Iterator):
+        raise ValueError(f"{name} is an iterator, which is empty after one pass; give a list or a loader")
 
 
 def _check_loss(engine: Engine) -> None:

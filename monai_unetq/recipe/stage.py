@@ -46,11 +46,21 @@ def open_stage(folder: Path, settings: Mapping[str, Any], results: Sequence[str]
         folder: of the stage.
         settings: what the results depend on; JSON.
         results: names of files.
+
+    Raises:
+        ValueError: if the folder holds such files but no ``stage.json``: the stage has not written them, so it does not
+            remove them; nothing is changed then.
     """
     record = folder / "stage.json"
     text = json.dumps(settings, indent=1, sort_keys=True)
     if record.exists() and record.read_text(encoding="utf-8") == text:
         return True
+    foreign = [] if record.exists() else [name for name in results if (folder / name).exists()]
+    if foreign:
+        raise ValueError(
+            f"{folder}: holds {', '.join(foreign)} but no stage.json, so it was written by something else, and would be "
+            "lost here; give another folder, or move the files away"
+        )
     for name in results:
         (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)

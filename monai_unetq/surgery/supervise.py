@@ -101,7 +101,16 @@ class SkipSupervision(nn.Module):
         self._learns = False  # whether that pass records gradients
 
     def begin(self, network: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Hook in front of the network: features, and the teacher's answer, are wanted in training only."""
+        """Hook in front of the network: features, and the teacher's answer, are wanted in training only.
+
+        Raises:
+            RuntimeError: if the network is one of the copies that ``DataParallel`` trains.
+        """
+        if network.training and getattr(network, "_is_replica", False):
+            raise RuntimeError(
+                "nn.DataParallel runs copies of the network at the same time, which share the hooks of the heads and of "
+                "the teacher, so one would get another's features; use DistributedDataParallel"
+            )
         self._features = {} if network.training else None
         self._learns = torch.is_grad_enabled()
         self._taught = None

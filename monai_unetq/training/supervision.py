@@ -22,7 +22,7 @@ from ..surgery import SupervisedOutput
 
 __all__ = ["SkipSupervisionLoss", "supervision_weight", "targets_at"]
 
-_POOLS: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+_POOLS: dict[int, Callable[..., Tensor]] = {2: F.avg_pool2d, 3: F.avg_pool3d}
 _LARGEST: dict[int, Callable[..., Tensor]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 Targets = Literal["balanced", "area"]
@@ -33,8 +33,9 @@ class SkipSupervisionLoss(nn.Module):
 
     Of a network without heads and teacher, or in evaluation, it is the segmentation loss alone. Deep supervision's lists
     go to the segmentation loss as they are; the heads learn from the target of full resolution, the first, and only the
-    prediction of full resolution is compared with the teacher's. There, classes compete (softmax), unless the target
-    has a channel for each (regions) or there is one channel. The teacher is also heard where labels are ignored.
+    prediction of full resolution is compared with the teacher's. There, classes compete (softmax) with a label map or
+    ``activation="softmax"``; regions and a single channel do not (sigmoid). The teacher is also heard where labels are
+    ignored.
 
     The target is a label map (N, 1, spatial…) of whole numbers, or has one channel for each class or region
     (N, num_classes, spatial…), in [0, 1], and where there is an ``ignore_label``, one more that is 1 where nothing counts
@@ -109,7 +110,8 @@ class SkipSupervisionLoss(nn.Module):
             if output.skips:
                 total = total + self.weight * self._heads(output.skips, label)
             if self.distillation and output.teacher is not None:
-                total = total + self.distillation * _divergence(output.prediction, output.teacher, label)
+                compete = label.shape[1] == 1 or self.activation == "softmax"
+                total = total + self.distillation * _divergence(output.prediction, output.teacher, compete)
         return total
 
     def _heads(self, skips: Sequence[Tensor], label: Tensor) -> Tensor:
@@ -163,8 +165,10 @@ class SkipSupervisionLoss(nn.Module):
         )
 
 
-def _divergence(prediction: Any, teacher: Any, label: Tensor) -> Tensor:
-    """Mean Kullback-Leibler divergence from the teacher's probabilities to the prediction's, over pixels."""
+def _divergence(prediction: Any, teacher: Any, compete: bool) -> Tensor:
+    """Mean Kullback-Leibler divergence from the teacher's probabilities to the prediction's, over pixels; of softmax
+    where several channels compete, else of each channel's sigmoid.
+    """
     taught = (teacher[0] if isinstance(teacher, (list, tuple)) else teacher).float()
     logits = (prediction[0] if isinstance(prediction, (list, tuple)) else prediction).float()
     # MONAI's DynUNet stacks its heads behind the batch axis, in training only.
@@ -176,7 +180,7 @@ def _divergence(prediction: Any, teacher: Any, label: Tensor) -> Tensor:
             "the float network that it was made of"
         )
     channels = logits.shape[1]
-    if channels == 1 or label.shape[1] > 1:
+    if channels == 1 or not compete:
         probability = taught.sigmoid()
         entropy = F.binary_cross_entropy_with_logits(taught, probability)
         return F.binary_cross_entropy_with_logits(logits, probability) - entropy
@@ -208,7 +212,8 @@ def targets_at(
     regions) are each judged against their own complement.
 
     Args:
-        truth: (N, C, spatial…), of 0 and 1: one-hot, one foreground channel, or regions.
+        truth: (N, C, spatial…), in [0, 1]: one-hot, one foreground channel, or regions. Of 0 and 1 the sums are exact,
+            and so is what is equal.
         size: spatial shape to come to. Sizes that it does not divide are padded at the far end with the last pixel.
         mode: see above.
         valid: (N, 1, spatial…), 1 where pixels count.
@@ -258,7 +263,7 @@ def _most_overrepresented(sums: Tensor, whole: Tensor) -> Tensor:
 
 
 def _block_sums(tensor: Tensor, size: Sequence[int]) -> tuple[Tensor, float]:
-    """Sums of zeros and ones over every block, exact, and how many pixels a block has."""
+    """Sums over every block, of zeros and ones exact, and how many pixels a block has."""
     blocks = [math.ceil(old / new) for old, new in zip(tensor.shape[2:], size, strict=True)]
     missing = [b * new - old for b, new, old in zip(blocks, size, tensor.shape[2:], strict=True)]
     if any(
@@ -272,7 +277,11 @@ def _block_sums(tensor: Tensor, size: Sequence[int]) -> tuple[Tensor, float]:
         tensor = F.pad(tensor, [p for m in reversed(missing) for p in (0, m)], mode="replicate")
     if set(blocks) == {1}:
         return tensor, 1.0
-    return (_POOLS[len(blocks)](tensor, tuple(blocks)) * math.prod(blocks)).round(), float(math.prod(blocks))
+    pixels = float(math.prod(blocks))
+    # Sums, as means times the number of pixels are not exact. In 1D there is no divisor to give.
+    if len(blocks) == 1:
+        return F.avg_pool2d(tensor.unsqueeze(-2), (1, *blocks), divisor_override=1).squeeze(-2), pixels
+    return _POOLS[len(blocks)](tensor, tuple(blocks), divisor_override=1), pixels
 
 
 def _edges(target: Tensor) -> Tensor:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ignite.engine import Engine
 from monai.data import CacheDataset, DataLoader
+from monai.engines import SupervisedTrainer
 from monai.transforms import Compose, RandFlipd
 from torch import Tensor, nn
 
@@ -18,7 +23,8 @@ from monai_unetq.networks import FixedPointUNet
 from monai_unetq.plan import QuantPlan
 from monai_unetq.recipe import ssqat, ssqat_network, ssqat_plan
 from monai_unetq.surgery import calibrate, equalize, find_skips, quantized_layers, split
-from monai_unetq.training import bce_dice_loss, reestimate_norms
+from monai_unetq.training import SkipSupervisionLoss, bce_dice_loss, reestimate_norms
+from monai_unetq.training.supervision import supervision_weight
 
 EPOCHS = 3
 OPTIONS: dict[str, Any] = {
@@ -64,9 +70,9 @@ class Validation:
         return -float(bce_dice_loss()(out, self.label))
 
 
-def run(out: Path, validate: Any = None, **options: Any) -> Path:
+def run(out: Path, validate: Any = None, loss: Any = None, **options: Any) -> Path:
     return ssqat(
-        make_network(), bce_dice_loss(), make_loader(), validate or Validation(), out,
+        make_network(), loss or bce_dice_loss(), make_loader(), validate or Validation(), out,
         **{"epochs": EPOCHS, **OPTIONS, **options},
     )  # fmt: skip
 
@@ -200,6 +206,117 @@ def test_the_network_that_was_given_is_left_as_it_is(tmp_path: Path) -> None:
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_what_the_loss_is_given_and_how_its_weight_falls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights: list[float] = []
+    seen: list[tuple[Any, ...]] = []
+
+    class Watched(SkipSupervisionLoss):
+        def forward(self, output: Any, target: Any) -> Tensor:
+            weights.append(self.weight)
+            taught = isinstance(output.teacher, Tensor)
+            seen.append((self.distillation, self.boundary, self.targets, len(output.skips), taught))
+            return super().forward(output, target)
+
+    # The function `ssqat` of the package hides its module of the same name.
+    monkeypatch.setattr(importlib.import_module("monai_unetq.recipe.ssqat"), "SkipSupervisionLoss", Watched)
+    run(
+        tmp_path, epochs=2, metric="sqnr", supervision=0.2, distillation=0.5,
+        supervision_options={"boundary": 2.0, "targets": "area"},
+    )  # fmt: skip
+    assert set(seen) == {(0.5, 2.0, "area", 3, True)}
+    assert weights == pytest.approx([0.2 * supervision_weight(step / 4) for step in range(4)])
+
+
+def test_step_sizes_and_heads_have_learning_rates_of_their_own(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        run(tmp_path, Validation(2), metric="sqnr", learning_rate=2e-3)
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert [group["initial_lr"] for group in kept["optimizer"]["param_groups"]] == pytest.approx(
+        [2e-3, 6e-3, 2e-2]
+    )
+
+
+def test_batch_norms_are_estimated_anew_before_they_stand_still(tmp_path: Path) -> None:
+    batches = list(make_loader())
+    found: list[dict[str, Tensor]] = []
+
+    def statistics(network: nn.Module) -> dict[str, Tensor]:
+        return {key: value.clone() for key, value in network.state_dict().items() if "running" in key}
+
+    def validate(network: nn.Module) -> float:
+        if len(found) == 1:  # they stand still in the third of three epochs
+            found.append(statistics(reestimate_norms(copy.deepcopy(network), batches)))
+        found.append(statistics(network))
+        return 0.0
+
+    run(tmp_path, validate, metric="sqnr", calibration=batches)
+    _, anew, second, third = found
+    assert third and all(torch.equal(third[key], anew[key]) for key in third)
+    assert not any(torch.equal(third[key], second[key]) for key in third)
+
+
+def test_the_best_network_is_packed(tmp_path: Path) -> None:
+    image = torch.rand(1, 1, 32, 32)
+    outputs: list[Tensor] = []
+
+    def validate(network: nn.Module) -> float:
+        with torch.no_grad():
+            outputs.append(network(image))
+        return [0.5, 0.9, 0.7][len(outputs) - 1]
+
+    packed = unpack(run(tmp_path, validate, metric="sqnr"), FixedPointUNet(1, 1, width=2)).eval()
+    with torch.no_grad():
+        assert torch.equal(packed(image), outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
+
+
+def test_files_of_something_else_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(b"float")
+    with pytest.raises(ValueError, match=r"holds model\.pt but no stage\.json"):
+        run(tmp_path)
+    assert (tmp_path / "model.pt").read_bytes() == b"float"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_choices_may_be_any_sequence(tmp_path: Path) -> None:
+    run(tmp_path, epochs=1, metric="sqnr", choices=range(2, 9))
+    validate = Validation()
+    run(tmp_path, validate, epochs=1, metric="sqnr", choices=list(range(2, 9)))
+    assert validate.calls == 0
+
+
+def test_other_trainers_go_on_saying_what_they_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = SupervisedTrainer(
+        device="cpu", max_epochs=1, train_data_loader=make_loader(), network=make_network(),
+        optimizer=torch.optim.Adam(make_network().parameters()), loss_function=bce_dice_loss(),
+    )  # fmt: skip
+    assert isinstance(trainer, Engine)
+    monkeypatch.setattr(trainer.logger, "level", logging.INFO)
+    run(tmp_path, epochs=1, metric="sqnr")
+    assert trainer.logger.level == logging.INFO
+
+
+def test_batches_must_not_be_an_iterator(tmp_path: Path) -> None:
+    batches = list(make_loader())
+    with pytest.raises(ValueError, match="ssqat_network: batches is an iterator"):
+        ssqat_network(make_network(), bce_dice_loss(), iter(batches), metric="sqnr")
+    with pytest.raises(ValueError, match="ssqat: calibration is an iterator"):
+        run(tmp_path / "out", calibration=iter(batches))
+    assert not (tmp_path / "out").exists()
+
+
+def test_preparing_draws_no_random_numbers_of_the_callers() -> None:
+    loader = DataLoader(make_loader().dataset, batch_size=2, shuffle=True)
+    torch.manual_seed(3)
+    wanted = torch.rand(1)
+    network = make_network()
+    torch.manual_seed(3)
+    ssqat_network(network, bce_dice_loss(), loader, metric="sqnr")
+    assert torch.equal(torch.rand(1), wanted)
+
+
 def test_traces_that_have_not_settled_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     network, batches = make_network(), list(make_loader())
     ssqat_plan(network, bce_dice_loss(), batches, metric="hessian", probes=2)
@@ -214,3 +331,6 @@ def test_mistakes(tmp_path: Path) -> None:
         run(tmp_path, budget="weights=1.5bits", metric="sqnr")
     with pytest.raises(ValueError, match="validate gave nan in epoch 1"):
         run(tmp_path, lambda network: float("nan"), metric="sqnr")
+    with pytest.raises(ValueError, match="the loss is nan at step 1: lower the learning rate"):
+        run(tmp_path, loss=lambda prediction, label: prediction.mean() * torch.nan, metric="sqnr")
+    assert not (tmp_path / "model.unetq").exists()

@@ -533,6 +533,18 @@ class Shallow(Level):
         return super().join(image, skip, up) if self.deep else skip
 
 
+@pytest.mark.parametrize("heads", [True, False])
+def test_copies_that_data_parallel_makes_are_an_error(heads: bool) -> None:
+    name = "FixedPointUNet"
+    network, image = make_supervised(name) if heads else make(name), NETWORKS[name].image(2)
+    if not heads:
+        attach_teacher(network, make(name))
+    replica = network.train()._replicate_for_data_parallel()  # what every GPU would get
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        replica(image)
+    assert isinstance(network(image), SupervisedOutput)
+
+
 def test_a_skip_that_is_not_read_is_an_error() -> None:
     network, image = Shallow(), torch.rand(1, 1, 16, 16)
     attach_supervision(network, image)

@@ -136,6 +136,57 @@ def test_regions_are_judged_each_on_its_own() -> None:
     assert found.item() == pytest.approx(0.5 * entropy + 0.5 * sum(dice) / 2, rel=1e-5)
 
 
+def test_sigmoid_heads_of_classes_learn_the_class_that_is_over_represented() -> None:
+    # Class 0 has 5 of 8 pixels, class 1 two, class 2 one. The second block holds 1 and 2, each more often than the image
+    # does, and goes to the rarer one alone; the third goes to 1, of which it holds a half, and not to 0 (a fifth).
+    label = torch.tensor([[[[0.0, 0.0, 1.0, 2.0, 0.0, 1.0, 0.0, 0.0]]]])
+    logits = torch.tensor([[[[1.0, -1.0, 0.5, 2.0]], [[0.0, 1.5, -2.0, 0.5]], [[-1.0, 0.0, 1.0, -0.5]]]])
+    found = SkipSupervisionLoss(squared, weight=1)(SupervisedOutput(label.clone(), (logits,)), label)
+    targets = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
+    channels = [head_by_hand(z, t) for z, t in zip(logits[0, :, 0].tolist(), targets, strict=True)]
+    assert found.item() == pytest.approx(sum(channels) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(("targets", "second"), [("balanced", 1.0), ("area", 1.0), ("area", 0.0)])
+def test_blocks_weigh_as_many_of_their_pixels_as_count(targets: Any, second: float) -> None:
+    label = torch.tensor([[[[0.0, 0.0, 255.0, second, 255.0, 255.0]]]])
+    logits = torch.tensor([[[[-1.0, 2.0, 7.0]]]])
+    loss = SkipSupervisionLoss(squared, weight=1, targets=targets, ignore_label=255)
+    found = loss(SupervisedOutput(label.clone(), (logits,)), label)
+    # Both pixels of the first block, one of the second's two, none of the third's.
+    entropy = (softplus(-1.0) + 0.5 * (softplus(2.0) - second * 2.0)) / 1.5
+    overlap, sizes = 0.5 * sigmoid(2.0) * second, sigmoid(-1.0) + 0.5 * (sigmoid(2.0) + second)
+    wanted = 0.5 * entropy + 0.5 * (1 - (2 * overlap + 1e-5) / (sizes + 1e-5))
+    assert found.item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_regions_may_have_a_channel_of_what_is_ignored() -> None:
+    regions = torch.tensor([[[[1.0, 1.0, 1.0, 0.0]], [[1.0, 0.0, 0.0, 1.0]], [[0.0, 0.0, 1.0, 0.0]]]])
+    logits = torch.tensor([[[[-1.0, 0.5, 9.0, 1.0]], [[2.0, 0.0, -9.0, -0.5]]]])
+    loss = SkipSupervisionLoss(lambda prediction, target: torch.zeros(()), weight=1, ignore_label=255)
+    found = loss(SupervisedOutput(logits, (logits,)), regions)
+    channels = [
+        head_by_hand([-1.0, 0.5, 1.0], [1.0, 1.0, 0.0]),
+        head_by_hand([2.0, 0.0, -0.5], [1.0, 0.0, 1.0]),
+    ]
+    assert found.item() == pytest.approx(sum(channels) / 2, rel=1e-5)
+
+
+def test_boundary_weights_of_softmax_are_the_largest_of_all_channels() -> None:
+    label = torch.tensor([[[[0.0, 0.0, 0.0, 1.0, 2.0, 2.0, 2.0]]]])
+    logits = torch.randn(1, 3, 1, 7, generator=torch.Generator().manual_seed(0))
+    loss = SkipSupervisionLoss(squared, weight=1, activation="softmax", boundary=3)
+    found = loss(SupervisedOutput(label.clone(), (logits,)), label)
+    # Of class 0 pixels 2 and 3 touch the boundary, of class 2 pixels 3 and 4, of class 1 all three.
+    weights = torch.tensor([1, 1, 4, 4, 4, 1, 1]).double()
+    classes = [0, 0, 0, 1, 2, 2, 2]
+    p = logits.double().softmax(1)[0, :, 0]
+    truth = torch.eye(3).double()[classes].T
+    entropy = -(weights * p[classes, range(7)].log()).sum() / weights.sum()
+    dice = 1 - (2 * (p * truth).sum(1) + 1e-5) / ((p + truth).sum(1) + 1e-5)
+    assert found.item() == pytest.approx(float(0.5 * entropy + 0.5 * dice.mean()), rel=1e-5)
+
+
 def test_half_precision_logits_are_judged_in_float32() -> None:
     label = torch.ones(1, 1, 4, 4)
     logits = torch.randn(1, 1, 4, 4)
@@ -196,6 +247,27 @@ def test_a_thin_line_survives_in_3d() -> None:
     area, _ = targets_at(truth, (2, 2, 2), "area")
     assert area[0, 0, 0, 0, 1].item() == pytest.approx(8 / 512)
     assert torch.equal(share, torch.ones_like(share))
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_targets_may_be_soft(dimensions: int) -> None:
+    truth = torch.tensor([0.4, 0.4, 0.1, 0.0]).view(1, 1, *[1] * (dimensions - 1), 4)
+    size = (*[1] * (dimensions - 1), 2)
+    area, share = targets_at(truth, size, "area")
+    assert area.flatten().tolist() == pytest.approx([0.4, 0.05]) and share.flatten().tolist() == [1, 1]
+    target, _ = targets_at(truth, size)  # the mean of all is 0.225
+    assert target.flatten().tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_sums_of_zeros_and_ones_are_exact(dimensions: int) -> None:
+    # A mean over 97 pixels, times 97, is not always a whole number in float32. Both blocks of image k have k ones, as
+    # many as the image on average, so that the rarer class has them.
+    ones = torch.arange(98)
+    truth = (torch.arange(97) < ones[:, None]).float().repeat(1, 2)
+    target, _ = targets_at(truth.view(98, 1, *[1] * (dimensions - 1), -1), (*[1] * (dimensions - 1), 2))
+    wanted = ((ones > 0) & (ones < 49)) | (ones == 97)
+    assert torch.equal(target.view(98, 2).bool(), wanted[:, None].expand(98, 2))
 
 
 def test_strides_may_differ_between_axes() -> None:
@@ -299,6 +371,25 @@ def test_distillation_of_classes_by_hand() -> None:
         float(zero(SupervisedOutput(logits[:, c : c + 1], (), taught[:, c : c + 1]), label)) for c in range(3)
     )
     assert float(zero(SupervisedOutput(logits, (), taught), regions)) == pytest.approx(apart / 3, rel=1e-5)
+
+
+def test_distillation_of_one_hot_targets_follows_the_activation() -> None:
+    label = torch.tensor([[[[1.0]], [[0.0]]]])
+    logits, taught = torch.tensor([[[[0.0]], [[1.0]]]]), torch.tensor([[[[2.0]], [[0.0]]]])
+
+    def found(activation: Any) -> float:
+        loss = SkipSupervisionLoss(
+            lambda prediction, target: torch.zeros(()), 0.1, activation, distillation=1
+        )
+        return float(loss(SupervisedOutput(logits, (), taught), label))
+
+    def divergence(q: float, p: float) -> float:
+        return q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+
+    # Of two classes the softmax is the sigmoid of their difference.
+    assert found("softmax") == pytest.approx(divergence(sigmoid(2.0), sigmoid(-1.0)), rel=1e-5)
+    apart = [divergence(sigmoid(2.0), sigmoid(0.0)), divergence(sigmoid(0.0), sigmoid(1.0))]
+    assert found("sigmoid") == pytest.approx(sum(apart) / 2, rel=1e-5)
 
 
 def test_a_prediction_like_the_teachers_costs_nothing_and_pulls_nowhere() -> None:
