@@ -26,6 +26,10 @@ Target = Literal["onnxruntime", "openvino", "tensorrt"]
 
 OPSET_OF_INT4 = 21
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
+_MULTIPLY = (*_CONVOLUTIONS, "MatMul", "Gemm")
+_MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Pad")
+"""Operations behind which integers are the same integers in other places."""
+
 _INT8 = (-128, 127)
 _INT4 = (-8, 7)
 _SEVEN_BITS = 63
@@ -85,6 +89,7 @@ class _Lowering:
         self.activations: dict[ir.Value, _Activation] = {}
         self.constants: dict[tuple[Any, ...], ir.Value] = {}
         self.dequantized: dict[tuple[ir.Value, float], ir.Value] = {}
+        self.readers: dict[str, list[ir.Node]] = {}  # of integer weights that are not split
 
     def run(self) -> Lowered:
         simplify(self.graph)
@@ -110,6 +115,9 @@ class _Lowering:
                 and not self._normalize_integers(node)
             ):
                 self._keep_scale(node)
+        for layer, readers in self.readers.items():
+            if not all(self._is_rounded(reader.inputs[0]) for reader in readers):
+                self.notes.setdefault(layer, "its input is float, and so are its products")
         # Whatever reads rounded values besides what took the integers reads them dequantized.
         for value, activation in self.activations.items():
             if value.uses():
@@ -302,11 +310,21 @@ class _Lowering:
                 )
             else:
                 node.outputs[0].replace_all_uses_with(placed)
+                self.readers[layer.name] = [node for node in readers if node.op_type in _MULTIPLY]
             self._round_biases(readers, layer, weight.scale)
         elif all(_reads_concatenation(reader) for reader in readers):
             return  # with its concatenation
         else:
             self._float_weight(node, layer, "the parts of its input are not concatenated in front of it")
+
+    def _is_rounded(self, value: ir.Value | None) -> bool:
+        """Whether a layer reads integers, whatever moves them about in between."""
+        while value is not None and value not in self.activations:
+            producer = value.producer()
+            if producer is None or producer.op_type not in _MOVES:
+                return False
+            value = producer.inputs[0]
+        return value is not None
 
     def _integers(
         self, node: ir.Node, layer: TracedLayer, codes: np.ndarray, scale: np.ndarray
@@ -349,27 +367,29 @@ class _Lowering:
     # Split convolutions
 
     def _concatenation(self, concat: ir.Node) -> None:
-        """Concat of rounded parts in front of split convolutions: of the integers, where their scales can meet."""
+        """Concat of rounded parts: of the integers where they have one type, and for a split convolution where their scales
+        can meet.
+        """
         parts = [self.activations.get(value) for value in concat.inputs if value is not None]
         output = concat.outputs[0]
-        readers = [use.node for use in output.uses()]
-        weights = {reader: _weight_of(reader) for reader in readers}
-        if not all(weights.values()) or not parts or None in parts:
-            for weight in weights.values():
-                if weight is not None and len(self.layers[attribute(weight, "layer")].weights) > 1:
-                    self._float_weight(
-                        weight, self.layers[attribute(weight, "layer")], "its parts are not all rounded"
-                    )
+        split = {
+            reader: (weight, layer)
+            for reader in (use.node for use in output.uses())
+            if (weight := _weight_of(reader)) is not None
+            and len((layer := self.layers[attribute(weight, "layer")]).weights) > 1
+        }
+        if not parts or None in parts:
+            for weight, layer in split.values():
+                self._float_weight(weight, layer, "its parts are not all rounded")
             return
         activations = [part for part in parts if part is not None]
         joined = self._joined(concat, activations)
-        if joined is not None and len({a.scale for a in activations}) == 1:
+        why = "the scales of its parts cannot meet on one grid of 8 bits"
+        if joined is None:
+            why = "the integers of its parts are of different types"
+        elif len({a.scale for a in activations}) == 1:
             self.activations[output] = replace(joined, scale=activations[0].scale)
-        for reader, weight in weights.items():
-            assert weight is not None
-            layer = self.layers[attribute(weight, "layer")]
-            if len(layer.weights) == 1:
-                continue
+        for reader, (weight, layer) in split.items():
             met = meet(layer, [a.scale for a in activations]) if joined else None
             placed = None if met is None else self._integers(weight, layer, *met)
             if joined is not None and met is not None and placed is not None:
@@ -377,7 +397,7 @@ class _Lowering:
                 reader.replace_input_with(0, self._dequantize(joined, 1.0))
                 self._round_biases([reader], layer, met[1])
             else:
-                self._apart(reader, weight, layer, activations)
+                self._apart(reader, weight, layer, activations, why)
 
     def _joined(self, concat: ir.Node, parts: list[_Activation]) -> _Activation | None:
         """The parts' integers side by side; None where one type cannot hold them."""
@@ -388,11 +408,11 @@ class _Lowering:
         codes.type, codes.shape = parts[0].codes.type, concat.outputs[0].shape
         return _Activation(codes, 1.0, parts[0].zero_point)
 
-    def _apart(self, conv: ir.Node, weight: ir.Node, layer: TracedLayer, parts: list[_Activation]) -> None:
+    def _apart(
+        self, conv: ir.Node, weight: ir.Node, layer: TracedLayer, parts: list[_Activation], why: str
+    ) -> None:
         """A convolution for each part, and their sum."""
-        self.notes[layer.name] = (
-            f"{len(parts)} convolutions: the scales of its parts cannot meet on one grid of 8 bits"
-        )
+        self.notes[layer.name] = f"{len(parts)} convolutions: {why}"
         outputs = []
         for number, (part, activation) in enumerate(zip(layer.weights.values(), parts, strict=True)):
             one = TracedLayer(f"{layer.name}[{number}]", {}, layer.transposed, layer.groups)
@@ -415,7 +435,12 @@ class _Lowering:
     # Biases
 
     def _round_biases(self, readers: list[ir.Node], layer: TracedLayer, scale: np.ndarray) -> None:
-        """int32 constants for biases that stand on the accumulator's grid, input scale × weight scale."""
+        """int32 constants for biases that stand on the accumulator's grid, input scale × weight scale.
+
+        Not for TensorRT, whose DequantizeLinear takes no int32 (onnx/onnx-tensorrt#850): the same numbers in float32.
+        """
+        if self.target == "tensorrt":
+            return
         for conv in readers:
             if conv.op_type not in _CONVOLUTIONS or len(conv.inputs) < 3:
                 continue
