@@ -299,14 +299,14 @@ def by_qonnx(model: onnx.ModelProto, image: np.ndarray) -> np.ndarray:
     return np.asarray(execute_onnx(cleaned, {name: image})[cleaned.graph.output[0].name])
 
 
-def int8_share(model: onnx.ModelProto, shape: Sequence[int]) -> tuple[float, list[str]]:
+def int8_layers(model: onnx.ModelProto, shape: Sequence[int]) -> tuple[float, list[str]]:
     """Share of the MACs that OpenVINO runs in INT8, and the layers that it does not."""
-    from monai_unetq.deploy.openvino import executions
+    from monai_unetq.runtime.executions import executions, int8_share
 
     found = executions(_compiled(model, shape))
-    total = sum(one.macs for one in found)
-    share = sum(one.macs for one in found if one.is_int8) / max(total, 1)
-    return share, [f"{one.name} ({one.kind}, {one.precision})" for one in found if not one.is_int8]
+    return int8_share(found) or 0.0, [
+        f"{one.name} ({one.kind}, {one.precision})" for one in found if not one.is_int8
+    ]
 
 
 def verified(network: nn.Module, image: Tensor, holds: bool) -> dict[str, Any]:
@@ -329,7 +329,7 @@ def verified(network: nn.Module, image: Tensor, holds: bool) -> dict[str, Any]:
     found["onnxruntime"]["notes"] = lowered.notes
     lowered = to_qdq(traced, target="openvino", shuffled=processor_kind() == "avx2")
     found["openvino"] = compared(lowered.model, by_openvino, array, expected, codes)
-    share, floats = int8_share(lowered.model, image.shape)
+    share, floats = int8_layers(lowered.model, image.shape)
     found["openvino"] |= {"notes": lowered.notes, "int8_macs": share, "float_layers": floats}
     found["qonnx"] = difference(by_qonnx(to_qonnx(traced).model, array), expected)
     found["integer"] = by_integers(traced, network, array, exact) if holds else {"refused": _refusal(traced)}

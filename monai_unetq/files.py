@@ -18,7 +18,10 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file beside ``path``, and put it in its place when it is whole."""
+    """Let ``write`` make a file beside ``path``, and put it in its place when it is whole; else nothing of it stays."""
     scratch = path.with_name(path.name + ".part")
-    write(scratch)
-    os.replace(scratch, path)
+    try:
+        write(scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

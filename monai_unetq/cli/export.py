@@ -7,22 +7,25 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ..nnunet.inference import TrainedFolder
+
 __all__ = ["add_export_command", "add_verify_command"]
 
 _EXPORT_EXAMPLES = """\
 examples:
-  unetq export bundles/em_unet --to openvino --out em-openvino       the trained network of a bundle
-  unetq export bundles/em_unet --set width=16 --to integer --out em-integer
+  unetq export bundles/em_unet --set model=bundles/em_unet/models/fixed_point/model.unetq \\
+      --to openvino --out em-openvino                                a network that a bundle trained
   unetq export nnUNet_results/Dataset004_Hippocampus/nnUNetTrainerSSQAT__nnUNetPlans__3d_fullres \\
       --fold 0 --to onnx --out hippocampus-onnx                      one fold of an nnU-Net
-  unetq export bundles/em_unet --to onnx --out em-onnx --image slice.png   a real golden image
-  unetq export unetq-demo/model.unetq --to qonnx --out demo-qonnx    a packed U-Net of the 2019 paper
+  unetq export unetq-demo/model.unetq --to integer --out demo-integer      a packed U-Net of the 2019 paper
+  unetq export unetq-demo/model.unetq --to onnx --out demo-onnx --image slice.png    and a real golden image
   unetq verify em-openvino                                           does it compute what it should?
 
 --to onnx      standard QDQ operators, weights in int8, for ONNX Runtime, OpenVINO and (--for tensorrt) TensorRT
@@ -72,13 +75,13 @@ def add_export_command(commands: Any, command: Callable[..., argparse.ArgumentPa
     )  # fmt: skip
     parser.add_argument(
         "--image", type=Path, nargs="+", metavar="FILE",
-        help="the golden image, of nnU-Net one file for each channel; preprocessed as the model says (default: noise)",
+        help="the golden image, of nnU-Net and packed models one file for each channel; preprocessed as the model says (default: noise)",
     )  # fmt: skip
     parser.add_argument("--size", type=int, nargs="+", metavar="N", help="of the image: H W or H W D")
     parser.add_argument("--fold", metavar="F", help="of an nnU-Net (default: the first that is finished)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="of a bundle: a key of its configuration, as it was trained with; may be repeated",
+        help="of a bundle: a key of its inference.yaml, such as model=FILE, or width=16 as it was trained with; may be repeated",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print export.json")
     parser.set_defaults(run=_export, after_interrupt="; nothing was written")
@@ -101,14 +104,25 @@ def add_verify_command(commands: Any, command: Callable[..., argparse.ArgumentPa
 
 
 def _export(options: argparse.Namespace) -> None:
+    from torch.onnx import OnnxExporterError
+
     from ..deploy import export
     from ..runtime.engine import ENGINES
 
+    if options.size is not None and min(options.size) < 1:
+        raise ValueError(f"--size {' '.join(map(str, options.size))}: expected numbers of at least 1")
     network, example, preprocessing = _trained(options)
-    document = export(
-        network, example, options.to, options.out,
-        store=options.store, profile=options.profile, preprocessing=preprocessing,
-    )  # fmt: skip
+    _check_size(network, example, options)
+    try:
+        document = export(
+            network, example, options.to, options.out,
+            store=options.store, profile=options.profile, preprocessing=preprocessing,
+        )  # fmt: skip
+    except OnnxExporterError as error:
+        raise ValueError(
+            f"{options.model}: PyTorch's ONNX exporter fails on this network ({_one_line(error.__cause__ or error)}); "
+            "--to packed needs no exporter"
+        ) from error
     if options.json:
         print(json.dumps(document, indent=1))
         return
@@ -119,7 +133,9 @@ def _export(options: argparse.Namespace) -> None:
     if options.to in ENGINES:
         print(f"\nnext: unetq verify {options.out}")
     else:
-        print(f"\nnext: monai_unetq.unpack('{options.out / 'model.unetq'}', network)")
+        print(
+            f"\nnext: unetq verify {options.out}, and monai_unetq.unpack('{options.out / 'model.unetq'}', network)"
+        )
 
 
 def _trained(options: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Any]]:
@@ -137,6 +153,30 @@ def _trained(options: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, 
         return _bundle(model, options)
     _refuse(options, model, "nnU-Net's folder", "overrides")
     return _nnunet(model, options)
+
+
+def _check_size(network: nn.Module, example: Tensor, options: argparse.Namespace) -> None:
+    """Run the network once: what it does not take would come out of the exporter as a message of something else."""
+    import torch
+
+    from ..surgery.observe import evaluating
+
+    dimensions = _dimensions(network)
+    if example.dim() != dimensions + 2:
+        raise ValueError(f"--size has {example.dim() - 2} numbers, expected {dimensions}")
+    try:
+        with evaluating(network), torch.no_grad():
+            network(example)
+    except Exception as error:  # the network's own code
+        size = " ".join(map(str, example.shape[2:]))
+        raise ValueError(
+            f"{options.model}: the network does not take images of the size {size} ({_one_line(error)}); give another "
+            "--size, of U-Nets multiples of 32"
+        ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _refuse(options: argparse.Namespace, model: Path, what: str, *names: str) -> None:
@@ -161,9 +201,16 @@ def _packed(file: Path, options: argparse.Namespace) -> tuple[nn.Module, Tensor,
     network = unpack(file, _paper_network(file))
     if options.image is None:
         return network, _example(network, options.size), {}
-    from ..runtime.images import read_image
+    from ..runtime.images import read_channels
+    from ..surgery.observe import example_for
 
-    image = torch.from_numpy(read_image(options.image[0], _dimensions(network))[:1])
+    channels = example_for(network).shape[1]
+    if len(options.image) != channels:
+        raise ValueError(
+            f"--image has {len(options.image)} files, but the network of {file} reads {channels} channels; give one file "
+            "a channel"
+        )
+    image = torch.from_numpy(read_channels(options.image, _dimensions(network))[:1])
     return network, _fitted(image, options.size), {}
 
 
@@ -188,6 +235,7 @@ def _bundle(folder: Path, options: argparse.Namespace) -> tuple[nn.Module, Tenso
     from monai.bundle import ConfigParser
     from torch import nn
 
+    from ..nnunet.inference import TrainedFolder
     from ..surgery.quantize import quantized_layers
 
     found = [f for end in ("yaml", "yml", "json") if (f := folder / "configs" / f"inference.{end}").is_file()]
@@ -200,18 +248,32 @@ def _bundle(folder: Path, options: argparse.Namespace) -> tuple[nn.Module, Tenso
             key, equals, value = override.partition("=")
             if not equals:
                 raise ValueError(f"--set {override}: expected KEY=VALUE")
+            known = _keys(parser.get())
+            if key.replace("::", "#") not in known:
+                near = get_close_matches(key, known) or [name for name in known if "#" not in name]
+                raise ValueError(
+                    f"--set {key}: {found[0]} has no such key, expected one of its own: {', '.join(near)}"
+                )
             parser[key] = _literal(value)
-        network = parser.get_parsed_content("network_def")
+        with redirect_stdout(sys.stderr):  # nnU-Net says which trainer it found
+            network = parser.get_parsed_content("network_def")
         steps = parser.get("preprocessing", {})
     except ValueError:
         raise
     except Exception as error:  # the configuration's own code
-        raise ValueError(f"{found[0]}: 'network_def' cannot be built: {error}") from error
-    if not isinstance(network, nn.Module) or not quantized_layers(network):
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # MONAI names the component, not what is wrong with it
+            cause = cause.__cause__
         raise ValueError(
-            f"{found[0]}: its network is not quantized; train it with configs/fixed_point.yaml or ssqat.yaml, and name the "
-            "trained file with --set model=FILE where it is not the bundle's own"
-        )
+            f"{found[0]}: 'network_def' cannot be built: {cause}; values that the training overrode are given with --set, "
+            "as width=16"
+        ) from error
+    if isinstance(network, TrainedFolder):  # written by `unetq nnunet bundle`
+        return _of_nnunet(network, folder / "models", options)
+    if not isinstance(network, nn.Module) or not quantized_layers(network):
+        given = parser.get_parsed_content("model") if "model" in parser else None
+        missing = f" ({given}: no such file)" if isinstance(given, str) and not Path(given).is_file() else ""
+        raise ValueError(f"{found[0]}: its network is not quantized{missing}; {_quantized_files(folder)}")
     preprocessing = {"monai_transforms": steps} if isinstance(steps, dict) else {}
     if options.image is None:
         return network, _example(network, options.size), preprocessing
@@ -225,42 +287,56 @@ def _bundle(folder: Path, options: argparse.Namespace) -> tuple[nn.Module, Tenso
     return network, _fitted(image[None].float(), options.size), preprocessing
 
 
+def _keys(config: Any, above: str = "") -> list[str]:
+    """The keys of a configuration, the outer ones first, as --set takes them: ``width``, ``network_def#network#width``."""
+    entries = (
+        config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    )
+    named = [(f"{above}{key}", value) for key, value in entries]
+    return [name for name, _ in named] + [key for name, value in named for key in _keys(value, f"{name}#")]
+
+
+def _quantized_files(folder: Path) -> str:
+    """What to do about a bundle whose ``model`` is no quantized network: with what its trainings left, if they did."""
+    trained = sorted((folder / "models").glob("**/model.unetq"))
+    if not trained:
+        return (
+            "train it with configs/fixed_point.yaml or ssqat.yaml, and name the trained file with --set model=FILE where "
+            "it is not the bundle's own"
+        )
+    return "give the file of a quantized training: " + ", or ".join(f"--set model={file}" for file in trained)
+
+
 def _nnunet(folder: Path, options: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Any]]:
+    from ..nnunet.inference import TrainedFolder
+
+    folds = None if options.fold is None else [options.fold]
     try:
-        from ..nnunet.inference import TrainedFolder
+        with redirect_stdout(sys.stderr):  # nnU-Net says which trainer it found
+            trained = TrainedFolder(folder, folds=folds, mirroring=False)
     except ImportError as error:
         raise ImportError(
             f"{folder}: nnU-Net builds this network: pip install monai-unetq[nnunet] ({error})"
         ) from None
+    return _of_nnunet(trained, folder, options)
+
+
+def _of_nnunet(
+    trained: TrainedFolder, folder: Path, options: argparse.Namespace
+) -> tuple[nn.Module, Tensor, dict[str, Any]]:
     import torch
 
     from ..surgery.quantize import quantized_layers
 
-    folds = None if options.fold is None else [options.fold]
-    with redirect_stdout(sys.stderr):  # nnU-Net says which trainer it found
-        trained = TrainedFolder(folder, folds=folds, mirroring=False)
-    network = trained.network
+    network = trained.network.eval()
     if not quantized_layers(network):
         raise ValueError(f"{folder}: its network is not quantized; train with -tr nnUNetTrainerSSQAT")
-    plans = json.loads((folder / "plans.json").read_text(encoding="utf-8"))
-    configuration = folder.resolve().name.rsplit("__", 1)[-1]
-    held = plans["configurations"].get(configuration, {})
     size = options.size or trained.patch_size
-    document = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    channels = len(document.get("channel_names", document.get("modality", {"0": ""})))
-    preprocessing = {
-        "nnunet_configuration": configuration,
-        "spacing": held.get("spacing"),
-        "normalization_schemes": held.get("normalization_schemes"),
-        "intensities": plans.get("foreground_intensity_properties_per_channel"),
-        "transpose_forward": plans.get("transpose_forward"),
-        "patch_size": list(trained.patch_size),
-        "labels": document.get("labels"),
-    }
+    preprocessing = trained.settings()
     if options.image is not None:
-        return network.eval(), _fitted(trained.preprocess(options.image)[None], size), preprocessing
+        return network, _fitted(trained.preprocess(options.image)[None], size), preprocessing
     torch.manual_seed(0)
-    return network.eval(), torch.randn(1, channels, *size), preprocessing
+    return network, torch.randn(1, len(preprocessing["channel_names"]), *size), preprocessing
 
 
 def _example(network: nn.Module, size: list[int] | None) -> Tensor:
@@ -324,8 +400,15 @@ def _verify(options: argparse.Namespace) -> None:
         print(json.dumps(document, indent=1))
     else:
         print(f"files      as exported, for {found.target}")
-        print(f"logits     {'equal, bit for bit' if found.equal else f'largest difference {found.largest:.3g} ({found.relative:.2%} of the largest)'}")  # fmt: skip
-        print(f"labels     {found.labels_differ:.4%} of the voxels differ")
+        if found.equal is None:
+            print(f"logits     not compared: {found.hint}")
+        else:
+            print(f"logits     {'equal, bit for bit' if found.equal else f'largest difference {found.largest:.3g} ({found.relative:.2%} of the largest)'}")  # fmt: skip
+            print(f"labels     {found.labels_differ:.4%} of the voxels differ")
+        if found.int8_share is not None:
+            print(f"INT8       {found.int8_share:.1%} of the layers' multiplications, on this processor")
+        for layer in found.float_layers:
+            print(f"float      {layer}")
         for image in document.get("images", []):
             shares = ", ".join(f"{k}: {v:.2%}" for k, v in image["labels"].items())
             other = f"  differ: {image['labels_differ']:.4%}" if "labels_differ" in image else ""

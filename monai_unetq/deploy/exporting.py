@@ -1,7 +1,7 @@
 """``export``: a quantized network as a folder that runs without it, with what is needed to check that it does.
 
-Every folder holds ``export.json`` (target, plan, preprocessing, versions, notes, a checksum of each file) and
-``golden.safetensors``, an image and the logits of fake quantization for it, which ``runtime.verify`` compares.
+Every folder holds ``export.json`` (target, plan, preprocessing, versions, notes, a checksum of each file and of itself)
+and ``golden.safetensors``, an image and the logits of fake quantization for it, which ``runtime.verify`` compares.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import write_json
-from ..runtime.engine import EXPORT_VERSION
+from ..runtime.engine import EXPORT_VERSION, GOLDEN, document_checksum
 from ..surgery import fold
 from .packed import installed_version, pack
 from .qdq import Store, Target, to_qdq
@@ -71,7 +71,7 @@ def export(
         network: quantized and calibrated; it is left as it is.
         example: (N, C, spatial…), an image that it accepts; it becomes the golden input, so a real one checks more.
         target: see the table.
-        folder: new or empty.
+        folder: new, or empty; it may be a link.
         store: type of the weights' constants in ``onnx``.
         profile: whose rules it keeps. ``onnx``: ``onnxruntime`` (default) or ``tensorrt``. ``openvino``: ``vnni`` (default),
             or ``avx2`` for processors without VNNI, where transposed convolutions would run in float.
@@ -108,17 +108,23 @@ def export(
         "preprocessing": dict(preprocessing or {}),
         "versions": {name: installed_version(name) for name in _PACKAGES},
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.resolve().parent))
+    place = folder.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # A folder that is there is filled, not replaced: it may be a mount, or the one that its user stands in.
+    fill = place.exists()
+    scratch = Path(tempfile.mkdtemp(prefix=f"{place.name}.", dir=place if fill else place.parent))
     scratch.chmod(0o755)
     try:
         document |= _writer(target, store, profile)(network, image, scratch, document)
         _write_golden(network, image, scratch)
         document["files"] = {file.name: _sha256(file) for file in sorted(scratch.iterdir())}
+        document = json.loads(json.dumps(document))  # the checksum is of what will be read back
+        document["sha256"] = document_checksum(document)
         write_json(scratch / "export.json", document)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(scratch, folder)
+        if fill:
+            _move(scratch, place)
+        else:
+            os.replace(scratch, place)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return document
@@ -180,9 +186,21 @@ def _write_golden(network: nn.Module, image: Tensor, folder: Path) -> None:
     """An image and its logits by fake quantization, computed in float64 where every sum is exact."""
     exact = fold(copy.deepcopy(network).cpu().float(), image[:1]).double().eval()
     logits = exact(image.double()).float().contiguous()
-    file = folder / "golden.safetensors"
+    file = folder / GOLDEN
     save_file({"image": image.contiguous(), "logits": logits}, file)
     file.chmod(0o644)  # safetensors lets nobody else read it
+
+
+def _move(scratch: Path, folder: Path) -> None:
+    """Every file of a folder into another; ``export.json`` last, so that a part of them is no export."""
+    names = [file.name for file in scratch.iterdir()]
+    try:
+        for name in sorted(names, key=lambda name: name == "export.json"):
+            os.replace(scratch / name, folder / name)
+    except BaseException:
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        raise
 
 
 def _sha256(file: Path) -> str:

@@ -1,10 +1,8 @@
-"""A traced network as OpenVINO's IR, and what its compiled form executes in INT8."""
+"""A traced network as OpenVINO's IR."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +13,7 @@ from .qdq import to_qdq
 from .subpixel import SHUFFLE
 from .trace import DOMAIN, Trace
 
-__all__ = ["Execution", "executions", "read", "write_openvino"]
-
-_LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
-_INTEGERS = ("u8", "i8")
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How OpenVINO runs one layer.
-
-    Attributes:
-        name: of the node in the compiled model.
-        kind: Convolution, Deconvolution, FullyConnected or MatMul.
-        precision: u8 or i8 where it is computed in INT8, else f32, bf16, …
-        macs: multiplications of one image; 0 where a size is not known.
-    """
-
-    name: str
-    kind: str
-    precision: str
-    macs: int
-
-    @property
-    def is_int8(self) -> bool:
-        """Whether it runs on integers."""
-        return self.precision in _INTEGERS
+__all__ = ["read", "write_openvino"]
 
 
 def write_openvino(
@@ -109,33 +82,3 @@ def read(model: onnx.ModelProto) -> Any:
     core = openvino.Core()
     core.add_extension(ConversionExtension(SHUFFLE, DOMAIN, shuffle))
     return core.read_model(model.SerializeToString())
-
-
-def executions(compiled: Any) -> list[Execution]:
-    """The layers of a compiled model, as its runtime information tells them.
-
-    Args:
-        compiled: ``openvino.CompiledModel``.
-    """
-    found = []
-    for node in compiled.get_runtime_model().get_ordered_ops():
-        info = node.get_rt_info()
-        kind = str(info["layerType"].value)
-        if kind in _LAYERS:
-            # "runtimePrecision" is of the weight, which a float kernel may read from 8 bits.
-            precision = str(info["primitiveType"].value).rpartition("_")[2].lower()
-            found.append(Execution(node.get_friendly_name(), kind, precision, _macs(node, kind)))
-    return found
-
-
-def _macs(node: Any, kind: str) -> int:
-    try:
-        places = (node.input_value(0), node.input_value(1), node.output(0))
-        image, weight, out = ([int(size) for size in place.get_shape()] for place in places)
-    except RuntimeError:  # free sizes
-        return 0
-    if kind == "Convolution":
-        return prod(out) * prod(weight) // (out[1] or 1)
-    if kind == "Deconvolution":
-        return prod(image) * prod(weight) // (image[1] or 1)
-    return prod(out) * image[-1]

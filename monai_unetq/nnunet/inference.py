@@ -86,6 +86,33 @@ class TrainedFolder(nn.Module):
         self.network = predictor.network
         self.patch_size = tuple(map(int, predictor.configuration_manager.patch_size))
         self._predictor = (predictor,)  # in a tuple: it is no module
+        self._checkpoint = place / f"fold_{found[0]}" / checkpoint
+
+    def settings(self) -> dict[str, Any]:
+        """What nnU-Net does to images before the network, and what its outputs mean; for JSON.
+
+        Returns:
+            ``configuration`` is that of the plans, whole, with what it inherits; ``nnunet_configuration`` its name. The
+            others are of the plans and the data set.
+        """
+        predictor = self._predictor[0]
+        plans, document = predictor.plans_manager, predictor.dataset_json
+        configuration = predictor.configuration_manager.configuration
+        whole = torch.load(self._checkpoint, map_location="cpu", weights_only=False, mmap=True)
+        return {
+            "nnunet_configuration": whole["init_args"]["configuration"],
+            "configuration": configuration,
+            "image_reader_writer": plans.plans["image_reader_writer"],
+            "spacing": configuration["spacing"],
+            "normalization_schemes": configuration["normalization_schemes"],
+            "intensities": plans.foreground_intensity_properties_per_channel,
+            "transpose_forward": plans.transpose_forward,
+            "transpose_backward": plans.transpose_backward,
+            "patch_size": list(self.patch_size),
+            "channel_names": document.get("channel_names") or document["modality"],
+            "labels": document["labels"],
+            "regions_class_order": document.get("regions_class_order"),
+        }
 
     def preprocess(self, files: Sequence[str | Path]) -> Tensor:
         """A case as nnU-Net gives it to the network, resampled and normalized.

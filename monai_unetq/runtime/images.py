@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .engine import Engine, load, read_export
 from .verify import labels
 
-__all__ = ["find_cases", "read_image", "run_images"]
+__all__ = ["find_cases", "read_channels", "read_image", "run_images"]
 
 _DIVISOR = 32
 """Of an image's sizes, for five levels."""
@@ -72,17 +72,28 @@ def read_image(file: Path, dimensions: int) -> np.ndarray:
         dimensions: 2 or 3.
 
     Raises:
-        ValueError: if the file is no image, or of other dimensions.
+        ValueError: if the file is no image, in colour, no real numbers, or of other dimensions.
     """
+    components = 1
     try:
-        if file.suffix == ".npy":
-            array = np.load(file, allow_pickle=False)
+        if file.suffix.lower() == ".npy":
+            with file.open("rb") as opened:  # np.load would also take archives
+                array = np.lib.format.read_array(opened, allow_pickle=False)
         else:
             import SimpleITK
 
-            array = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(file)))
+            image = SimpleITK.ReadImage(str(file))
+            components = image.GetNumberOfComponentsPerPixel()
+            array = SimpleITK.GetArrayFromImage(image)
     except (RuntimeError, OSError, ValueError) as error:
         raise ValueError(f"{file}: no image that can be read ({error})") from None
+    if components > 1:  # they would be taken for an axis of the image
+        raise ValueError(
+            f"{file}: has {components} values a pixel (in colour?), expected 1; convert it to gray, or save each channel "
+            "as a file"
+        )
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{file}: holds {array.dtype}, expected real numbers")
     eight_bits = array.dtype == np.uint8
     found = np.asarray(array, dtype=np.float32) / (255 if eight_bits else 1)
     if found.ndim == dimensions:
@@ -90,6 +101,22 @@ def read_image(file: Path, dimensions: int) -> np.ndarray:
     if found.ndim == 3 and dimensions == 2:
         return found[:, None]
     raise ValueError(f"{file}: has {found.ndim} dimensions, expected {dimensions}")
+
+
+def read_channels(files: Sequence[Path], dimensions: int) -> np.ndarray:
+    """One image of files of one channel each, (1, C, spatial…); otherwise as ``read_image``.
+
+    Raises:
+        ValueError: if a file is no image, or their sizes differ.
+    """
+    images = [read_image(file, dimensions) for file in files]
+    for file, image in zip(files, images, strict=True):
+        if image.shape != images[0].shape:
+            raise ValueError(
+                f"{file}: its size is {image.shape[2:]}, {files[0].name} is {images[0].shape[2:]}; expected one size "
+                "for all channels of a case"
+            )
+    return np.concatenate(images, axis=1)
 
 
 def run_images(folder: Path, data: Path, against: Path | None = None) -> list[dict[str, Any]]:
@@ -113,7 +140,7 @@ def run_images(folder: Path, data: Path, against: Path | None = None) -> list[di
     engine, other = load(folder), None if against is None else load(against)
     found = []
     for case, files in tqdm(cases.items(), desc=f"{folder.name}: images", unit="image", disable=None):
-        image = _channels(files, len(shape) - 2)
+        image = read_channels(files, len(shape) - 2)
         begin = time.perf_counter()
         logits = _logits(engine, image, f"{folder}: {case}")
         seconds = time.perf_counter() - begin
@@ -132,18 +159,6 @@ def run_images(folder: Path, data: Path, against: Path | None = None) -> list[di
             result["largest"] = float(np.abs(logits.astype(np.float64) - expected).max(initial=0))
         found.append(result)
     return found
-
-
-def _channels(files: Sequence[Path], dimensions: int) -> np.ndarray:
-    """One image of files of one channel each."""
-    images = [read_image(file, dimensions) for file in files]
-    for file, image in zip(files, images, strict=True):
-        if image.shape != images[0].shape:
-            raise ValueError(
-                f"{file}: its size is {image.shape[2:]}, {files[0].name} is {images[0].shape[2:]}; expected one size "
-                "for all channels of a case"
-            )
-    return np.concatenate(images, axis=1)
 
 
 def _logits(engine: Engine, image: np.ndarray, what: str) -> np.ndarray:

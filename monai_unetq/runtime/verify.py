@@ -11,7 +11,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from .engine import load, read_export
+from .engine import GOLDEN, load, read_export
+from .executions import executed, int8_share
+from .packed import read
 
 __all__ = ["ALLOWED_DIFFERENCE", "Verification", "labels", "verify"]
 
@@ -23,23 +25,30 @@ ALLOWED_DIFFERENCE = 1e-4
 class Verification:
     """How an export compares with fake quantization on its golden image.
 
+    Of a packed model, which holds no network to run, ``equal`` to ``labels_differ`` are None.
+
     Attributes:
         target: what it was exported for.
         equal: whether all logits are the same, bit for bit.
         largest: largest difference of a logit.
         relative: the same, as a share of the largest logit.
         labels_differ: share of voxels with another label.
-        passed: whether the labels agree; for ``integer``, whether the logits are equal.
-        hint: what may have caused a difference.
+        passed: whether the labels agree; for ``integer``, whether the logits are equal; for ``packed``, that the file reads
+            back.
+        hint: what may have caused a difference, or why nothing was compared.
+        int8_share: of ``openvino``, share of the layers' multiplications that run on integers on this processor.
+        float_layers: of ``openvino``, the layers that do not.
     """
 
     target: str
-    equal: bool
-    largest: float
-    relative: float
-    labels_differ: float
+    equal: bool | None
+    largest: float | None
+    relative: float | None
+    labels_differ: float | None
     passed: bool
     hint: str = ""
+    int8_share: float | None = None
+    float_layers: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON document."""
@@ -49,19 +58,23 @@ class Verification:
 def verify(folder: str | Path) -> Verification:
     """Check an exported folder's files, run it on its golden image, and compare.
 
+    A packed model is not run: its file is read back, every weight of it decoded.
+
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if the folder is no export, damaged, or for an engine that this program does not run.
+        ValueError: if the folder is no export, damaged, or for an engine that this program does not know.
         ImportError: without the engine's package.
     """
     folder = Path(folder)
     document = read_export(folder)
-    engine = load(folder)
+    engine = None if document["target"] == "packed" else load(folder)
     try:
-        golden = load_file(folder / "golden.safetensors")
+        golden = load_file(folder / GOLDEN)
         image, expected = golden["image"], golden["logits"]
     except (SafetensorError, OSError, KeyError) as error:
-        raise ValueError(f"{folder / 'golden.safetensors'}: no golden image and logits ({error})") from None
+        raise ValueError(f"{folder / GOLDEN}: no golden image and logits ({error})") from None
+    if engine is None:
+        return _read_back(folder)
     found = engine(image)
     if found.shape != expected.shape:
         raise ValueError(f"{folder}: returns logits of the shape {found.shape}, expected {expected.shape}")
@@ -70,6 +83,7 @@ def verify(folder: str | Path) -> Verification:
     difference = float(np.abs(found.astype(np.float64) - expected).max(initial=0))
     equal = bool(np.array_equal(found, expected))
     differ = float(np.mean(labels(found) != labels(expected)))
+    layers = executed(folder, image.shape) if document["target"] == "openvino" else []
     passed = equal if document["target"] == "integer" else differ <= ALLOWED_DIFFERENCE
     return Verification(
         document["target"],
@@ -79,7 +93,20 @@ def verify(folder: str | Path) -> Verification:
         differ,
         passed,
         "" if passed else _hint(document["target"]),
+        int8_share(layers),
+        tuple(f"{one.name} ({one.kind}, {one.precision})" for one in layers if not one.is_int8),
     )
+
+
+def _read_back(folder: Path) -> Verification:
+    file = read(folder / "model.unetq")
+    for key in file.document["packed"]:
+        file.codes(key)
+    why = (
+        f"{len(file.document['packed'])} packed weights read back, but the file holds no network to run: "
+        "monai_unetq.unpack puts them into one"
+    )
+    return Verification("packed", None, None, None, None, True, why)
 
 
 def labels(logits: np.ndarray) -> np.ndarray:

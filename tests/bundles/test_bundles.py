@@ -17,6 +17,7 @@ import onnxruntime
 import pytest
 import torch
 from monai.bundle import (
+    ConfigParser,
     ConfigWorkflow,
     ckpt_export,
     create_workflow,
@@ -260,6 +261,26 @@ def test_inference_runs_an_exported_model(prepared: Prepared, fixed_run: Path) -
     assert all((by_network / name).read_bytes() == (by_export / name).read_bytes() for name in names)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exported_model_in_the_bundle_is_named_from_its_root(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser = ConfigParser(
+        ConfigParser.load_config_file(str(ROOT / "bundles" / f"{kind}_unet" / "configs" / "inference.yaml"))
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    parser["bundle_root"] = "bundle"
+    for given, expected in (
+        (None, None), ("here", "here"), (str(tmp_path), str(tmp_path)), ("/none", "/none"),
+        ("models/openvino", "bundle/models/openvino"),
+    ):  # fmt: skip
+        parser["exported"] = given
+        assert parser.get_parsed_content("exported_folder") == expected
+    monkeypatch.setattr("monai_unetq.networks.ExportedNetwork", lambda folder: folder)
+    assert parser.get_parsed_content("network") == "bundle/models/openvino"
+
+
 def test_inference_without_weights_says_what_to_do(prepared: Prepared) -> None:
     with pytest.raises(RuntimeError) as caught:
         run(config_file=prepared.config("inference"), **prepared.keys(model=str(prepared.work / "none.pt")))
@@ -382,6 +403,14 @@ def test_two_processes_share_an_ssqat_training(prepared: Prepared, float_run: Pa
     assert not any(key.startswith("module.") for key in checkpoint["network"])
     measured = json.loads((out / "sensitivity" / "sensitivities.json").read_text())
     assert measured["metric"] == "hessian" and measured["conditions"]["probes"] == 20
+
+
+# EM's protocol of the paper validates in training mode, in which the network returns more than its prediction.
+@pytest.mark.parametrize("prepared", ["em"], indirect=True)
+def test_ssqat_takes_the_papers_protocol(prepared: Prepared, float_run: Path) -> None:
+    out = prepared.work / "ssqat-paper"
+    ssqat(prepared, float_run, out, protocol="paper", epochs=1)
+    assert inspect_packed(out / "model.unetq")["layers"]
 
 
 @pytest.mark.parametrize("prepared", ["em"], indirect=True)

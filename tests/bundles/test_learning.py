@@ -15,9 +15,9 @@ from tests.bundles.test_bundles import ROOT, Kind, read
 
 # Epochs of 20 steps in float, then with rounding; width 8, crops of 64 pixels, about a minute each on one core.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "em": {"epochs": 6, "batch_size": 4},
-    "gm": {"epochs": 10, "batch_size": 8},
-    "nih": {"epochs": 10, "batch_size": 8},
+    "em": {"epochs": 6, "val_interval": 3, "batch_size": 4},
+    "gm": {"epochs": 10, "val_interval": 5, "batch_size": 8},
+    "nih": {"epochs": 10, "val_interval": 5, "batch_size": 8},
 }
 KEYS = {"em": "mean_dice", "gm": "grey_matter_dice", "nih": "pancreas_dice"}
 
@@ -42,7 +42,7 @@ def test_float_and_fixed_point_beat_every_constant_answer_by_ten(kind: Kind, tmp
         "device": "cpu",
         "width": 8,
     }
-    training = {**common, "patch_size": [64, 64], "steps_per_epoch": 20, "val_interval": 2, **SETTINGS[kind]}
+    training = {**common, "patch_size": [64, 64], "steps_per_epoch": 20, **SETTINGS[kind]}
     configs = bundle / "configs"
     run(config_file=str(configs / "train.yaml"), output_dir=str(tmp_path / "float"), **training)
     run(

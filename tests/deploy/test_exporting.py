@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import monai_unetq as uq
 from monai_unetq.deploy import exporting
+from monai_unetq.runtime.engine import read_export
 from tests.deploy.networks import NETWORKS, traced
 
 
@@ -23,11 +24,15 @@ from tests.deploy.networks import NETWORKS, traced
 def test_what_a_folder_holds(target: exporting.ExportTarget, files: set[str], tmp_path: Path) -> None:
     case = traced("nnunet plain")
     out = tmp_path / "deep" / "out"
-    document = uq.export(case.network, case.image, target, out, preprocessing={"spacing": [1, 2]})
+    document = uq.export(
+        case.network, case.image, target, out, preprocessing={"spacing": (1, 2), "labels": {2: "a", 10: "b"}}
+    )
     assert {file.name for file in out.iterdir()} == {"export.json", "golden.safetensors", *files}
     assert json.loads((out / "export.json").read_text()) == document
     assert document["files"].keys() == {"golden.safetensors", *files}
-    assert document["preprocessing"] == {"spacing": [1, 2]} and document["target"] == target
+    assert document["preprocessing"] == {"spacing": [1, 2], "labels": {"2": "a", "10": "b"}}
+    assert document["target"] == target
+    assert read_export(out) == document
     assert document["versions"]["torch"] == version("torch")
     golden = load_file(out / "golden.safetensors")
     assert torch.equal(golden["image"], case.image) and torch.equal(golden["logits"], case.logits)
@@ -53,11 +58,30 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_a_folder_that_is_there_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = traced("nnunet plain")
+    for name in ("here", "linked"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("linked")
+    (tmp_path / "dangling").symlink_to("new")
+    monkeypatch.chdir(tmp_path / "here")
+    before = Path().stat().st_ino
+    for out in (Path(), tmp_path / "link", tmp_path / "dangling"):
+        uq.export(case.network, case.image, "packed", out)
+    assert Path().stat().st_ino == before and (tmp_path / "link").is_symlink()
+    for name in ("here", "linked", "new"):
+        found = sorted(file.name for file in (tmp_path / name).iterdir())
+        assert found == ["export.json", "golden.safetensors", "model.unetq"]
+    assert len(list(tmp_path.iterdir())) == 5
+
+
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     case = traced("segresnet")
-    with pytest.raises(ValueError, match="cannot be computed in integers"):
-        uq.export(case.network, case.image, "integer", tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    for name in ("out", "there"):
+        with pytest.raises(ValueError, match="cannot be computed in integers"):
+            uq.export(case.network, case.image, "integer", tmp_path / name)
+    assert [*tmp_path.rglob("*")] == [tmp_path / "there"]
 
 
 def test_what_a_target_has_not_is_refused(tmp_path: Path) -> None:

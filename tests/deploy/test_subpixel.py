@@ -14,11 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import monai_unetq as uq
-from monai_unetq.deploy.openvino import executions, read
+from monai_unetq.deploy.openvino import read
 from monai_unetq.deploy.qdq import to_qdq
 from monai_unetq.deploy.subpixel import Phases
 from monai_unetq.deploy.trace import trace
 from monai_unetq.runtime.engine import load
+from monai_unetq.runtime.executions import executions
 
 
 def test_phases_by_hand() -> None:

@@ -98,6 +98,45 @@ def test_a_fold_is_exported_with_a_real_image(
     assert main(["verify", str(out)]) == 0
 
 
+def test_an_export_says_what_nnunet_does_to_an_image(folder: Path, tmp_path: Path) -> None:
+    plans = json.loads((folder / "plans.json").read_text())
+    configuration = plans["configurations"].pop("3d_fullres")
+    left = {key: configuration.pop(key) for key in ("patch_size", "monai_unetq")}
+    plans["configurations"] |= {"base": configuration, "3d_fullres": {"inherits_from": "base", **left}}
+    (folder / "plans.json").write_text(json.dumps(plans))
+    renamed = folder.rename(tmp_path / "renamed")
+    out = tmp_path / "out"
+    assert main(["export", str(renamed), "--to", "packed", "--out", str(out)]) == 0
+    found = json.loads((out / "export.json").read_text())["preprocessing"]
+    assert found["configuration"] == {**configuration, **left, "inherits_from": "base"}
+    assert {"resampling_fn_data_kwargs", "use_mask_for_norm"} <= found["configuration"].keys()
+    assert found["nnunet_configuration"] == "3d_fullres" and found["spacing"] == configuration["spacing"]
+    assert found["patch_size"] == left["patch_size"]
+    document = json.loads((renamed / "dataset.json").read_text())
+    for key in ("channel_names", "labels", "regions_class_order"):
+        assert found[key] == document[key]
+    for key in ("image_reader_writer", "transpose_forward", "transpose_backward"):
+        assert found[key] == plans[key]
+    assert found["intensities"] == plans["foreground_intensity_properties_per_channel"]
+
+
+def test_a_bundle_exports_the_network_inside_its_predictor(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "fold_0").rename(folder / "fold_2")
+    bundle = write_bundle(folder, tmp_path / "bundle")
+    command = ["export", str(bundle), "--to", "packed", "--json"]
+    capsys.readouterr()
+    assert main([*command, "--out", str(tmp_path / "one"), "--set", "folds=[2]"]) == 0
+    one = json.loads(capsys.readouterr().out)
+    assert main(["export", str(folder), "--to", "packed", "--json", "--out", str(tmp_path / "other")]) == 0
+    other = json.loads(capsys.readouterr().out)
+    assert "PlainConvUNet" in one["network"] or "ResidualEncoderUNet" in one["network"]
+    assert one == other and one["preprocessing"]["nnunet_configuration"] == "3d_fullres"
+    assert main([*command, "--out", str(tmp_path / "none"), "--set", "folds=[3]"]) == 2
+    assert "fold_3" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
 def test_a_bundle_holds_folds_plans_and_valid_metadata(folder: Path, tmp_path: Path) -> None:
     out = write_bundle(folder, tmp_path / "bundle")
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())

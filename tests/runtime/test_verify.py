@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import monai_unetq as uq
+from monai_unetq.cli import main
 from monai_unetq.deploy.exporting import ExportTarget
-from monai_unetq.runtime.engine import load, read_export
-from monai_unetq.runtime.images import find_cases, run_images
+from monai_unetq.runtime.engine import document_checksum, load, read_export
+from monai_unetq.runtime.executions import Execution
+from monai_unetq.runtime.images import find_cases, read_image, run_images
 from monai_unetq.runtime.verify import labels, verify
 from tests.deploy.networks import traced
 
@@ -27,7 +33,7 @@ from tests.deploy.networks import traced
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Target → folder."""
     case, folder = traced("nnunet plain"), tmp_path_factory.mktemp("exports")
-    targets: tuple[ExportTarget, ...] = ("onnx", "openvino", "integer", "qonnx")
+    targets: tuple[ExportTarget, ...] = ("onnx", "openvino", "integer", "qonnx", "packed")
     for target in targets:
         uq.export(case.network, case.image, target, folder / target)
     return {target: folder / target for target in targets}
@@ -37,6 +43,31 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def copied(exported: dict[str, Path], tmp_path: Path) -> Path:
     """An ONNX export that may be damaged."""
     return Path(shutil.copytree(exported["onnx"], tmp_path / "onnx"))
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """Change an export.json, and all checksums with it."""
+    document = {**json.loads((folder / "export.json").read_text()), **changes}
+    if "files" not in changes:
+        document["files"] = {
+            name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in document["files"]
+        }
+    document["sha256"] = document_checksum(document)
+    (folder / "export.json").write_text(json.dumps(document))
+
+
+def test_what_openvino_runs_on_integers_is_said(
+    exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = verify(exported["openvino"])
+    assert found.int8_share == 1.0 and found.float_layers == ()
+    assert verify(exported["onnx"]).int8_share is None
+    layers = [Execution("a", "Convolution", "i8", 30), Execution("b", "Deconvolution", "f32", 10)]
+    monkeypatch.setattr("monai_unetq.runtime.verify.executed", lambda folder, shape: layers)
+    assert main(["verify", str(exported["openvino"])]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "INT8       75.0% of the layers' multiplications, on this processor" in said
+    assert "float      b (Deconvolution, f32)" in said
 
 
 @pytest.mark.parametrize("target", ["onnx", "openvino", "qonnx", "integer"])
@@ -83,6 +114,8 @@ def test_a_truncated_or_changed_file_is_named(name: str, copied: Path) -> None:
     ("text", "message"),
     [
         ("{", "no JSON"),
+        ("[" * 100_000, "no JSON"),
+        ('{"version": ' + "1" * 5000 + "}", "no JSON"),
         ("[]", "'version' is missing"),
         (json.dumps({"version": 1}), "'target' is missing"),
     ],
@@ -98,16 +131,110 @@ def test_a_newer_version_and_a_path_outside_are_refused(copied: Path) -> None:
     (copied / "export.json").write_text(json.dumps({**document, "version": 9}))
     with pytest.raises(ValueError, match="version 9"):
         verify(copied)
-    (copied / "export.json").write_text(json.dumps({**document, "files": {"../secret": "0"}}))
+    rewrite(copied, version=1, files={**document["files"], "../secret": "0"})
     with pytest.raises(ValueError, match="expected one in its own folder"):
         verify(copied)
 
 
-def test_what_has_no_engine_here_says_where_it_runs(exported: dict[str, Path], tmp_path: Path) -> None:
+def test_a_changed_export_json_is_refused(copied: Path) -> None:
+    document = json.loads((copied / "export.json").read_text())
+    (copied / "export.json").write_text(json.dumps({**document, "preprocessing": {"spacing": [9]}}))
+    with pytest.raises(ValueError, match=r"export\.json: changed since it was written"):
+        read_export(copied)
+    del document["sha256"]
+    (copied / "export.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="'sha256' is missing"):
+        read_export(copied)
+
+
+@pytest.mark.parametrize("target", ["onnx", "openvino", "qonnx", "integer", "packed"])
+def test_no_file_goes_unchecked(target: str, exported: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(exported[target], tmp_path / target))
+    files = json.loads((folder / "export.json").read_text())["files"]
+    for name in files:
+        rewrite(folder, files={other: files[other] for other in files if other != name})
+        with pytest.raises(ValueError, match=f"'files' has no {name}"):
+            read_export(folder)
+        rewrite(folder, files={**files, name: 5})
+        with pytest.raises(ValueError, match=f"the checksum of {name} is 5"):
+            read_export(folder)
+
+
+@pytest.mark.parametrize(
+    "image", [[], [1, 1], [1, 1, 0], [1, 1, "32", 32], [True, 1, 32, 32], [1, 1, 32.0, 32]]
+)
+def test_the_image_of_an_export_has_a_shape(image: list[Any], copied: Path) -> None:
+    rewrite(copied, image=image)
+    with pytest.raises(ValueError, match=r"export\.json: 'image' is .*, expected the shape"):
+        read_export(copied)
+
+
+@pytest.mark.parametrize(
+    ("target", "name"), [("onnx", "model.onnx"), ("openvino", "model.xml"), ("qonnx", "model.onnx")]
+)
+def test_a_damaged_model_with_its_checksum_is_named(
+    target: str, name: str, exported: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(exported[target], tmp_path / target))
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+    rewrite(folder)
+    with pytest.raises(ValueError, match=f"{name}: .* refuses it"):
+        load(folder)
+
+
+@pytest.mark.parametrize("target", ["onnx", "openvino", "qonnx", "integer"])
+@pytest.mark.parametrize("shape", [(1, 1, 33, 33), (1, 2, 32, 32), (1, 1, 32)])
+def test_an_image_that_the_network_does_not_take(
+    target: str, shape: tuple[int, ...], exported: dict[str, Path]
+) -> None:
+    engine = load(exported[target])
+    with pytest.raises(ValueError) as caught:
+        engine(np.zeros(shape, dtype=np.float32))
+    assert str(exported[target]) in str(caught.value) and str(shape) in str(caught.value)
+    assert "expected (1, 1, 32, 32)" in str(caught.value) and "\n" not in str(caught.value)
     case = traced("nnunet plain")
-    uq.export(case.network, case.image, "packed", tmp_path / "packed")
+    assert np.array_equal(engine(case.image.numpy()), case.logits.numpy())
+
+
+def test_openvino_keeps_one_compiled_model(
+    exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import openvino
+
+    compiled: list[weakref.ref[Any]] = []
+    plain = openvino.Core.compile_model
+
+    def compile_model(*arguments: Any) -> Any:
+        model = plain(*arguments)
+        compiled.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(openvino.Core, "compile_model", compile_model)
+    engine = load(exported["openvino"])
+    for size in (32, 32, 64, 32):
+        engine(np.zeros((1, 1, size, size), dtype=np.float32))
+    assert len(compiled) == 3
+    assert [model() is not None for model in compiled] == [False, False, True]
+
+
+def test_a_packed_model_is_read_back_and_not_run(exported: dict[str, Path], tmp_path: Path) -> None:
+    found = verify(exported["packed"])
+    assert found.passed and found.equal is found.largest is found.relative is found.labels_differ is None
+    assert "monai_unetq.unpack" in found.hint
+    folder = Path(shutil.copytree(exported["packed"], tmp_path / "packed"))
+    content = (folder / "model.unetq").read_bytes()
+    (folder / "model.unetq").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"model\.unetq: truncated or changed"):
+        verify(folder)
+    rewrite(folder)
+    with pytest.raises(ValueError, match=r"model\.unetq: corrupted"):
+        verify(folder)
+
+
+def test_what_has_no_engine_here_says_where_it_runs(exported: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"needs the network's own code \(monai_unetq\.unpack\)"):
-        load(tmp_path / "packed")
+        load(exported["packed"])
     with pytest.raises(FileNotFoundError, match=r"export\.json: no such file"):
         verify(tmp_path)
 
@@ -115,11 +242,10 @@ def test_what_has_no_engine_here_says_where_it_runs(exported: dict[str, Path], t
 def test_another_golden_output_fails(copied: Path) -> None:
     golden = load_file(copied / "golden.safetensors")
     save_file({**golden, "logits": -golden["logits"]}, copied / "golden.safetensors")
-    document = json.loads((copied / "export.json").read_text())
-    del document["files"]["golden.safetensors"]
-    (copied / "export.json").write_text(json.dumps(document))
+    rewrite(copied)
     found = verify(copied)
-    assert not found.passed and not found.equal and found.labels_differ > 0.9 and found.hint
+    assert not found.passed and not found.equal and found.hint
+    assert found.labels_differ is not None and found.labels_differ > 0.9
 
 
 def test_labels() -> None:
@@ -137,6 +263,26 @@ def test_images_are_padded_run_and_counted(exported: dict[str, Path], tmp_path: 
         run_images(exported["onnx"], tmp_path)
     with pytest.raises(FileNotFoundError, match="found no image"):
         run_images(exported["onnx"], exported["onnx"])
+
+
+def test_images_in_colour_and_of_no_numbers_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)).save(tmp_path / "rgb.png")
+    for dimensions in (2, 3):
+        with pytest.raises(ValueError, match=r"rgb\.png: has 3 values a pixel"):
+            read_image(tmp_path / "rgb.png", dimensions)
+    np.save(tmp_path / "text.npy", np.array([["a"]]))
+    with pytest.raises(ValueError, match=r"text\.npy: holds <U1, expected real numbers"):
+        read_image(tmp_path / "text.npy", 2)
+    (tmp_path / "empty.npy").touch()
+    with pytest.raises(ValueError, match=r"empty\.npy: no image that can be read"):
+        read_image(tmp_path / "empty.npy", 2)
+
+
+def test_endings_are_read_as_they_are_found(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.full((4, 5), 51, dtype=np.uint8))
+    (tmp_path / "a.npy").rename(tmp_path / "A.NPY")
+    ((file,),) = find_cases(tmp_path, 1).values()
+    assert read_image(file, 2) == pytest.approx(np.full((1, 1, 4, 5), 0.2))
 
 
 def test_each_channel_is_a_file(tmp_path: Path) -> None:
