@@ -518,14 +518,13 @@ def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def compared(document: Mapping[str, Any], widths: str) -> tuple[str, list[int]]:
-    """The peer, and its learning rate, with the best mean Dice on the test cases, and the folds that it shares with ours."""
+def compared(document: Mapping[str, Any], widths: str) -> tuple[list[str], list[int]]:
+    """The peers, each at its learning rates, that were trained in all folds that they share with ours; and these folds."""
     folds = folds_of(trainings(document, EQUALIZED, widths))
     peers = {row: set(folds) & set(folds_of(trainings(document, row, widths))) for row in PEERS}
     shared = sorted(set[int]().union(*peers.values()))
     tried = [row for row in PEERS if shared and peers[row] == set(shared)]
-    best = max(tried, key=lambda row: mean_change(document, row, widths, "dice", shared), default="")
-    return best, shared if best else folds
+    return tried, shared if tried else folds
 
 
 def beside_the_peers(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -536,29 +535,45 @@ def beside_the_peers(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "the test cases:", "",
         "| | everything | + equalization | uniform | better peer | of the peer's loss |", "|---|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
-    ahead = []
+    ahead: dict[str, list[float]] = {EVERYTHING: [], EQUALIZED: []}
     for (kind, document), widths in itertools.product(documents.items(), WIDTHS):
-        best, folds = compared(document, widths)
+        tried, folds = compared(document, widths)
         if not folds:
             continue
+
+        def change(row: str, measure: str, here: Any = (document, widths, folds)) -> float:
+            return mean_change(here[0], row, here[1], measure, here[2])
+
         cells = [cell(document, row, widths, folds) for row in (EVERYTHING, EQUALIZED, UNIFORM)]
-        if best:
-            dice, nsd = (
-                [mean_change(document, row, widths, measure, folds) for row in (EQUALIZED, best)]
-                for measure in ("dice", "nsd")
-            )
-            ahead.append(nsd[0] - nsd[1])
+        if tried:
+            best = max(tried, key=lambda row: change(row, "dice"))
+            for row, text in zip(ahead, cells, strict=False):
+                if text:  # beside the peer with the best boundary Dice, which may be another one
+                    ahead[row].append(change(row, "nsd") - max(change(peer, "nsd") for peer in tried))
             # What is within a point of float differs by seeds and cases, not by the method.
-            share = f"{max(-dice[0], 0) / -dice[1]:.2f}" if dice[1] < -1 else ""
-            cells += [f"{cell(document, best, widths, folds)} {best}", share]
+            loss = change(best, "dice")
+            shares = [
+                f"{max(-change(row, 'dice'), 0) / -loss:.2f}" if text else "–"
+                for row, text in zip(ahead, cells, strict=False)
+            ]
+            cells += [
+                f"{cell(document, best, widths, folds)} {best}",
+                " / ".join(shares) if loss < -1 else "",
+            ]
         else:
             cells += ["", ""]
         name = f"{kind.upper()}, {widths}" + (f", {len(folds)} folds" if len(folds) > 1 else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    if ahead:
+    leads = [
+        f"`{row}` by {np.mean(found):+.1f} on average over {len(found)} lines (median {np.median(found):+.2f}), by "
+        f"{min(found):+.2f} where least"
+        for row, found in ahead.items()
+        if found
+    ]
+    if leads:
         lines += [
-            "", f"Boundary Dice of `{EQUALIZED}` is ahead of the better peer's by {np.mean(ahead):+.1f} on average over these "
-            f"{len(ahead)} lines, by {min(ahead):+.2f} where least. Of the peer's loss: ours over its, where it loses more than 1.",
+            "", f"Boundary Dice is ahead of the peer's that has the best: {'; '.join(leads)}. Of the peer's loss of Dice: that of "
+            "everything / of `+ equalization`, over the peer's, where it loses more than 1.",
         ]  # fmt: skip
     return lines
 
