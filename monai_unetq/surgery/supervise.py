@@ -255,8 +255,10 @@ def attach_supervision(
         module = modules[layer]
         if isinstance(module, QuantizedLayer):
             for number in tap.numbers if module.parts else ():
-                quantizer = module.input_quantizers[readings[number].part]
-                quantizer.register_forward_hook(_Tap(supervision, [number]).part)
+                reading = readings[number]
+                if module.part_channels.get(reading.part) == reading.channels:  # a plan may cut it otherwise
+                    quantizer = module.input_quantizers[reading.part]
+                    quantizer.register_forward_hook(_Tap(supervision, [number]).part)
             # Of a split layer, too: its parts' quantizers do not run while none of them rounds.
             place = module.input_parts if module.parts else module.input_quantizer
             place.register_forward_hook(tap.behind)
