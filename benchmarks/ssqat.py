@@ -3,8 +3,8 @@
 Every row begins with the same float network, that of ``unetq reproduce``, and is trained for the same steps on the same
 crops: float on (the control), uniform widths, split with mixed widths, each with and without supervised skips, each with
 the float network as a teacher, Brevitas and NVIDIA modelopt. The last step's network is what is tested, so nothing is
-chosen on the test cases; what is to be chosen is compared with --candidates. Everything is kept in --out and not
-done twice.
+chosen on the test cases; what is to be chosen is compared with --candidates. One row is ``recipe.ssqat`` as it is shipped:
+power-of-two scales, the epoch that is best on the validation cases, packed. Everything is kept in --out and not done twice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from monai_unetq.datasets.layout import Part
 from monai_unetq.files import write_json
 from monai_unetq.metrics import score as measures_of
 from monai_unetq.metrics import summarize
-from monai_unetq.recipe import ssqat_plan, versions
+from monai_unetq.recipe import ssqat, ssqat_plan, versions
 from monai_unetq.reproduction.pages import interval, write_page
 from monai_unetq.reproduction.run import PRESETS, Comparison, alone, prediction_file, read_mask, score
 from monai_unetq.surgery.workload import workload
@@ -86,7 +86,10 @@ PARTS = {
     "+ all": Parts(mixed=True, supervised=True, distilled=True, equalized=True),
 }
 
-ROWS = (*PARTS, *PEERS, EQUALIZED_PEER)
+SHIPPED = "as shipped"
+"""``recipe.ssqat``, packed and read again."""
+
+ROWS = (*PARTS, SHIPPED, *PEERS, EQUALIZED_PEER)
 LEARNING_RATE = 3e-4
 COARSE_LEARNING_RATE = 1e-3
 """Ours, the latter with 2-bit activations: each the better of the two in the pilot on validation cases."""
@@ -190,7 +193,7 @@ def bits_of(widths: str) -> tuple[int, int]:
 
 def learning_rate(kind: str, row: str, widths: str) -> float:
     """Of a row on the test cases."""
-    if row == EQUALIZED_PEER or (row in PARTS and PARTS[row].equalized):
+    if row in (SHIPPED, EQUALIZED_PEER) or (row in PARTS and PARTS[row].equalized):
         return EQUALIZED_LEARNING_RATES[kind]
     if row not in PARTS:
         return PEERS.get(row, CONTROL_LEARNING_RATE)
@@ -239,6 +242,27 @@ def ours(study: Study, row: str, widths: str, batches: Sequence[Any], loss: Any,
     if supervised:
         return uq.attach_supervision(network, image, teacher=teacher)
     return network if teacher is None else uq.attach_teacher(network, teacher)
+
+
+def shipped(
+    study: Study, widths: str, seed: int, rate: float, loader: Any, loss: Any, batches: Sequence[Any], folder: Path
+) -> nn.Module:  # fmt: skip
+    """The packed network of ``recipe.ssqat`` with its own defaults, under the mean widths of the uniform plan."""
+    network = study.network()
+    image = batches[0]["image"][:1]
+    cases = data_list(study.comparison.dataset, study.fold, "validation")
+
+    def validate(trained: nn.Module) -> float:
+        study.predict(trained, folder / "validation", "validation")
+        return float(
+            np.mean(list(score(study.comparison.kind, cases, folder / "validation")["dice"].values()))
+        )
+
+    packed = ssqat(
+        network, loss, loader, validate, folder / "recipe", epochs=study.epochs, learning_rate=rate, calibration=batches,
+        budget=budget_of(network, uniform_plan(network, widths, "power-of-two"), image), seed=seed,
+    )  # fmt: skip
+    return uq.unpack(packed, network)
 
 
 def brevitas(network: nn.Module, widths: str, batches: Sequence[Any]) -> nn.Module:
@@ -337,7 +361,7 @@ def train(
 
 
 def folder_of(study: Study, row: str, widths: str, seed: int, candidate: float | None = None) -> Path:
-    """Where a row is kept: ``score.json``, predictions of both parts, and of ours ``model.unetq``; see ``run``."""
+    """Where a row is kept: ``score.json``, predictions of both parts, and of ours the packed network; see ``run``."""
     bits = widths if row not in (FLOAT, CONTROL) else "float"
     training = f"fold{study.fold}-seed{seed}"
     if candidate is not None:
@@ -366,9 +390,12 @@ def run(study: Study, row: str, widths: str, seed: int, candidate: float | None 
                 network = (brevitas if row.startswith("Brevitas") else modelopt)(network, widths, batches)
             elif row in PARTS:
                 network = ours(study, row, widths, batches, loss, study.out / study.kind / widths)
-        if row != FLOAT:
+        rate = learning_rate(study.kind, row, widths) if candidate is None else candidate
+        if row == SHIPPED:
+            network = shipped(study, widths, seed, rate, loader, loss, batches, folder)
+            result |= {"learning_rate": rate, "steps": study.epochs * len(loader)}
+        elif row != FLOAT:
             mine = row in PARTS
-            rate = learning_rate(study.kind, row, widths) if candidate is None else candidate
             groups: Sequence[Mapping[str, Any]] = (
                 parameter_groups(network, rate)
                 if mine
@@ -381,10 +408,11 @@ def run(study: Study, row: str, widths: str, seed: int, candidate: float | None 
             if not mine:
                 reestimate_norms(network, batches)
         uq.strip(network.eval())
-        if row in PARTS:
+        if row in PARTS or row == SHIPPED:
             work = workload(network, torch.zeros(1, 1, 200, 200))
             cost = layer_costs(work.units, uq.plan_of(network), work.other_parameters)
             result |= {"weight_bytes": cost.weight_bytes, "bops": cost.bops}
+        if row in PARTS:
             uq.plan_of(network).save(folder / "plan.json")
             uq.pack(network, folder / "model.unetq")
         study.predict(network, folder / "predictions", part)
@@ -512,7 +540,8 @@ def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
         lines += [
             "", f"Width {document['width']}, {document['float_steps']} float steps, then {document['steps']} steps for every "
             f"row, batch {document['batch_size']}, crops {'×'.join(map(str, document['patch_size']))}, {document['scale']} "
-            f"scales, bits allocated by {document['metric']}; the last step's network is tested.",
+            f"scales, bits allocated by {document['metric']}; the last step's network is tested. `{SHIPPED}`: power-of-two scales, "
+            "the network of the epoch that is best on the validation cases, from its packed file.",
         ]  # fmt: skip
         lines += candidates_table(document) + parts_table(document)
     return "\n".join([*lines, ""])
@@ -533,9 +562,10 @@ def beside_the_peers(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "", "Change of Dice / boundary Dice to float, mean over the folds in which all cells of a line were trained, with the "
         "number of trainings where there are several; the better peer at the better of its learning rates, read off "
         "the test cases:", "",
-        "| | everything | + equalization | uniform | better peer | of the peer's loss |", "|---|---:|---:|---:|---:|---:|",
+        "| | as shipped | everything | + equalization | uniform | better peer | of the peer's loss |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
-    ahead: dict[str, list[float]] = {EVERYTHING: [], EQUALIZED: []}
+    ahead: dict[str, list[float]] = {SHIPPED: [], EVERYTHING: [], EQUALIZED: []}
     for (kind, document), widths in itertools.product(documents.items(), WIDTHS):
         tried, folds = compared(document, widths)
         if not folds:
@@ -544,7 +574,7 @@ def beside_the_peers(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
         def change(row: str, measure: str, here: Any = (document, widths, folds)) -> float:
             return mean_change(here[0], row, here[1], measure, here[2])
 
-        cells = [cell(document, row, widths, folds) for row in (EVERYTHING, EQUALIZED, UNIFORM)]
+        cells = [cell(document, row, widths, folds) for row in (*ahead, UNIFORM)]
         if tried:
             best = max(tried, key=lambda row: change(row, "dice"))
             for row, text in zip(ahead, cells, strict=False):
@@ -573,7 +603,7 @@ def beside_the_peers(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if leads:
         lines += [
             "", f"Boundary Dice is ahead of the peer's that has the best: {'; '.join(leads)}. Of the peer's loss of Dice: that of "
-            "everything / of `+ equalization`, over the peer's, where it loses more than 1.",
+            "what is shipped / of everything / of `+ equalization`, over the peer's, where it loses more than 1.",
         ]  # fmt: skip
     return lines
 
@@ -608,7 +638,7 @@ def ablation_table(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def bounds_table(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Upper bounds of what is lost at 4-bit activations, beside the limits that are asked for."""
-    rows = (CONTROL, UNIFORM, EQUALIZED, EVERYTHING)
+    rows = (CONTROL, UNIFORM, EQUALIZED, EVERYTHING, SHIPPED)
     lines = [
         "", "Drop from float, upper 95 % bound (two-sided interval, over test units and trainings; none of a single number):", "",
         f"| | at most | {' | '.join(rows)} |", "|---|---:|" + "---:|" * len(rows),

@@ -40,7 +40,7 @@ Exporting a bundle runs what its configuration says, as MONAI does.
 _VERIFY_EXAMPLES = """\
 examples:
   unetq verify em-openvino                       files, then the golden image through the engine
-  unetq verify em-onnx --data slices             and every image of a folder, with the time it takes
+  unetq verify em-onnx --data slices             and every image of a folder, preprocessed as the model says
   unetq verify em-onnx --data slices --against em-integer    and how far another export's results are from it
   unetq verify em-integer --json
 """
@@ -90,14 +90,23 @@ def add_export_command(commands: Any, command: Callable[..., argparse.ArgumentPa
 def add_verify_command(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     """Add ``verify`` to the commands of ``unetq``; arguments as in ``add_export_command``."""
     parser = command(
-        commands, "verify", "check an exported folder against its golden output", _VERIFY_EXAMPLES
+        commands,
+        "verify",
+        "check an exported folder against its golden output, or on images",
+        _VERIFY_EXAMPLES,
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="written by unetq export")
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="images (PNG, NIfTI, MHA, NPY) to run besides"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="images (PNG, NIfTI, MHA) to run besides, preprocessed as export.json says; NPY: already preprocessed",
     )
     parser.add_argument(
-        "--against", type=Path, metavar="DIR", help="another export of the same network, compared on --data"
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="another export of the same network, compared on --data; fails where more than 0.01%% of an image's voxels differ",
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(run=_verify, after_interrupt="")
@@ -274,17 +283,40 @@ def _bundle(folder: Path, options: argparse.Namespace) -> tuple[nn.Module, Tenso
         given = parser.get_parsed_content("model") if "model" in parser else None
         missing = f" ({given}: no such file)" if isinstance(given, str) and not Path(given).is_file() else ""
         raise ValueError(f"{found[0]}: its network is not quantized{missing}; {_quantized_files(folder)}")
-    preprocessing = {"monai_transforms": steps} if isinstance(steps, dict) else {}
+    preprocessing = (
+        {"monai_transforms": _literal_steps(parser, "preprocessing", steps)}
+        if isinstance(steps, dict)
+        else {}
+    )
     if options.image is None:
         return network, _example(network, options.size), preprocessing
+    files = [str(file) for file in options.image]
     try:
-        image = parser.get_parsed_content("preprocessing")({"image": str(options.image[0])})["image"]
+        image = parser.get_parsed_content("preprocessing")({"image": files if len(files) > 1 else files[0]})[
+            "image"
+        ]
     except Exception as error:  # MONAI's transforms raise whatever a file makes them
         raise ValueError(f"{options.image[0]}: the bundle's preprocessing fails on it: {error}") from error
     image = image.as_tensor() if hasattr(image, "as_tensor") else image
     if len(image.shape) == _dimensions(network) + 2:  # a volume for a network in 2D: its middle slice
         image = image[..., image.shape[-1] // 2]
     return network, _fitted(image[None].float(), options.size), preprocessing
+
+
+def _literal_steps(parser: Any, place: str, found: Any) -> Any:
+    """A part of a configuration with its references and expressions replaced by their values, where JSON can hold them."""
+    if isinstance(found, dict):
+        return {key: _literal_steps(parser, f"{place}#{key}", value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [_literal_steps(parser, f"{place}#{number}", value) for number, value in enumerate(found)]
+    if not isinstance(found, str) or not found.startswith(("@", "$", "%")):
+        return found
+    try:
+        value = parser.get_parsed_content(place)
+        json.dumps(value)
+    except Exception:  # an object, or the configuration's own code
+        return found
+    return value
 
 
 def _keys(config: Any, above: str = "") -> list[str]:
@@ -386,7 +418,7 @@ def _literal(text: str) -> Any:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from ..runtime.verify import verify
+    from ..runtime.verify import ALLOWED_DIFFERENCE, verify
 
     if options.against is not None and options.data is None:
         raise ValueError("--against compares two exports on images: give them with --data")
@@ -415,3 +447,12 @@ def _verify(options: argparse.Namespace) -> None:
             print(f"{image['image']}  {image['seconds']:.2f} s  {shares}{other}")
     if not found.passed:
         raise ValueError(f"{options.folder}: does not compute what fake quantization does: {found.hint}")
+    differing = [
+        one for one in document.get("images", []) if one.get("labels_differ", 0) > ALLOWED_DIFFERENCE
+    ]
+    if differing:
+        worst = max(differing, key=lambda one: one["labels_differ"])
+        raise ValueError(
+            f"{options.folder}: other labels than {options.against} on more than {ALLOWED_DIFFERENCE:.2%} of the voxels of "
+            f"{len(differing)} of {len(document['images'])} images, most on {worst['image']} ({worst['labels_differ']:.2%})"
+        )

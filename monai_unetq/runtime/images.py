@@ -1,10 +1,10 @@
-"""Images read, padded and run through an exported folder. Imports no torch."""
+"""Images read, preprocessed, padded and run through an exported folder. Imports no torch itself."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .engine import Engine, load, read_export
+from .preprocessing import preprocessed
 from .verify import labels
 
 __all__ = ["find_cases", "read_channels", "read_image", "run_images"]
@@ -120,7 +121,11 @@ def read_channels(files: Sequence[Path], dimensions: int) -> np.ndarray:
 
 
 def run_images(folder: Path, data: Path, against: Path | None = None) -> list[dict[str, Any]]:
-    """Run an export on every image of a folder, edges padded to a multiple of 32 and cut off again.
+    """Run an export on every image of a folder: 2D whole, edges padded to a multiple of 32 and cut off again; volumes, and
+    where the model has one fixed size, in tiles of the size that was exported.
+
+    Images go through what ``export.json`` has under ``preprocessing``; where it has nothing, as ``read_image`` reads them.
+    NPY files are taken as preprocessed.
 
     Args:
         folder: an export.
@@ -133,23 +138,30 @@ def run_images(folder: Path, data: Path, against: Path | None = None) -> list[di
 
     Raises:
         FileNotFoundError: if there is no image, or a channel of one is missing.
-        ValueError: if one cannot be read, or a network does not take it.
+        ValueError: if one cannot be read or preprocessed, or a network does not take it.
+        ImportError: without MONAI or nnU-Net, which preprocess.
     """
-    shape = read_export(folder)["image"]
+    document = read_export(folder)
+    shape, steps = document["image"], document["preprocessing"]
     cases = find_cases(data, shape[1])
     engine, other = load(folder), None if against is None else load(against)
+    tile = _tile(document) or (None if against is None else _tile(read_export(against)))
     found = []
     for case, files in tqdm(cases.items(), desc=f"{folder.name}: images", unit="image", disable=None):
-        image = read_channels(files, len(shape) - 2)
+        image = _read(files, steps, len(shape) - 2)
+        if image.shape[1] != shape[1]:
+            raise ValueError(
+                f"{files[0]}: has {image.shape[1]} channels, the network of {folder} reads {shape[1]}"
+            )
         begin = time.perf_counter()
-        logits = _logits(engine, image, f"{folder}: {case}")
+        logits = _logits(engine, image, tile, f"{folder}: {case}")
         seconds = time.perf_counter() - begin
         segmented = labels(logits)
         values, counts = np.unique(segmented, return_counts=True)
         shares = {str(v): float(c / counts.sum()) for v, c in zip(values, counts, strict=True)}
         result = {"image": case, "seconds": round(seconds, 3), "labels": shares}
         if other is not None:
-            expected = _logits(other, image, f"{against}: {case}")
+            expected = _logits(other, image, tile, f"{against}: {case}")
             if expected.shape != logits.shape:
                 raise ValueError(
                     f"{against}: returns logits of the shape {expected.shape} for {case}, {folder} of {logits.shape}: "
@@ -161,10 +173,41 @@ def run_images(folder: Path, data: Path, against: Path | None = None) -> list[di
     return found
 
 
-def _logits(engine: Engine, image: np.ndarray, what: str) -> np.ndarray:
-    """Of each image of a batch, without the padding that the network needs."""
-    margins = [(0, 0), (0, 0), *((0, -size % _DIVISOR) for size in image.shape[2:])]
-    logits = np.concatenate([engine(one[None]) for one in np.pad(image, margins, mode="edge")])
-    if not np.isfinite(logits).all():
-        raise ValueError(f"{what}: the logits hold NaN or infinity")
-    return logits[(slice(None), slice(None), *(slice(size) for size in image.shape[2:]))]
+def _read(files: Sequence[Path], steps: Mapping[str, Any], dimensions: int) -> np.ndarray:
+    if steps and not all(file.name.lower().endswith(".npy") for file in files):
+        return preprocessed(files, steps, dimensions)
+    return read_channels(files, dimensions)
+
+
+def _tile(document: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The size of the pieces that an image is run in; None for the whole image at once.
+
+    Volumes are cut, as whole ones take much memory, and so is what a model of one fixed size reads.
+    """
+    shape = document["image"]
+    fixed = document["target"] in ("onnx", "qonnx") and 2 not in (document.get("dynamic") or [])
+    return tuple(shape[2:]) if fixed or len(shape) == 5 else None
+
+
+def _logits(engine: Engine, image: np.ndarray, tile: tuple[int, ...] | None, what: str) -> np.ndarray:
+    """Of each image of a batch, tile by tile, without the padding at its edges."""
+    sizes = image.shape[2:]
+    tile = tile or tuple(-(-size // _DIVISOR) * _DIVISOR for size in sizes)
+    counts = [-(-size // step) for size, step in zip(sizes, tile, strict=True)]
+    margins = [(0, count * step - size) for count, step, size in zip(counts, tile, sizes, strict=True)]
+    padded = np.pad(image, [(0, 0), (0, 0), *margins], mode="edge")
+    logits: np.ndarray | None = None
+    for number, *place in np.ndindex(len(image), *counts):
+        part = (
+            number,
+            slice(None),
+            *(slice(k * step, (k + 1) * step) for k, step in zip(place, tile, strict=True)),
+        )
+        found = engine(np.ascontiguousarray(padded[part][None]))
+        if not np.isfinite(found).all():
+            raise ValueError(f"{what}: the logits hold NaN or infinity")
+        if logits is None:
+            logits = np.empty((len(image), found.shape[1], *padded.shape[2:]), dtype=found.dtype)
+        logits[part] = found[0]
+    assert logits is not None
+    return logits[(slice(None), slice(None), *(slice(size) for size in sizes))]

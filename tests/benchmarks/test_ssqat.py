@@ -70,15 +70,17 @@ def compared(numbers: dict[str, float], fold: int) -> list[dict[str, Any]]:
 
 
 def test_the_better_peer_is_the_one_with_more_dice(study: ModuleType) -> None:
-    numbers = {"float": 90.0, "+ all": 89.0, "+ equalization": 87.0, "uniform": 80.0, "Brevitas": 70.0}
-    rows = compared({**numbers, "modelopt, 1e-3": 75.5}, 0)
+    ours = {"as shipped": 88.0, "+ all": 89.0, "+ equalization": 87.0, "uniform": 80.0}
+    rows = compared({"float": 90.0, **ours, "Brevitas": 70.0, "modelopt, 1e-3": 75.5}, 0)
     rows.append(row("modelopt, 1e-3", "W2A2", 0, seed=1, dice={"a": 74.5}, nsd={"a": 72.0}))
     rows = [{**r, "nsd": {"a": 80.0}} if r["row"] == "Brevitas" else r for r in rows]
     lines = study.beside_the_peers({"gm": {"rows": rows}})
     assert lines[5] == (
-        "| GM, W2A2 | -1.0 / -1.0 | -3.0 / -3.0 | -10.0 / -10.0 | -15.0 / -16.8 (2) modelopt, 1e-3 | 0.07 / 0.20 |"
+        "| GM, W2A2 | -2.0 / -2.0 | -1.0 / -1.0 | -3.0 / -3.0 | -10.0 / -10.0 | -15.0 / -16.8 (2) modelopt, 1e-3 "
+        "| 0.13 / 0.07 / 0.20 |"
     )
-    # Boundary Dice: 90 and 88 of ours beside 80 of Brevitas, which has less Dice.
+    # Boundary Dice: 89, 90 and 88 of ours beside 80 of Brevitas, which has less Dice.
+    assert "`as shipped` by +9.0 on average over 1 lines" in lines[-1]
     assert "`+ all` by +10.0 on average over 1 lines (median +10.00), by +10.00 where least" in lines[-1]
     assert (
         "`+ equalization` by +8.0 on average over 1 lines (median +8.00), by +8.00 where least" in lines[-1]
@@ -91,7 +93,9 @@ def test_only_the_same_folds_are_compared(study: ModuleType) -> None:
     rows += compared({"float": 90.0, "+ equalization": 0.0}, 1)  # no peer was trained there
     rows = [found for found in rows if (found["row"], found["fold"]) != ("uniform", 2)]
     line = study.beside_the_peers({"gm": {"rows": rows}})[5]
-    assert line == "| GM, W2A2, 2 folds |  | -1.0 / -1.0 (2) |  | -15.0 / -15.0 (2) Brevitas | – / 0.07 |"
+    assert (
+        line == "| GM, W2A2, 2 folds |  |  | -1.0 / -1.0 (2) |  | -15.0 / -15.0 (2) Brevitas | – / – / 0.07 |"
+    )
 
 
 def test_the_ablation_has_lines_where_all_its_rows_were_trained(study: ModuleType) -> None:
@@ -120,7 +124,7 @@ def test_bounds_of_the_drop(study: ModuleType) -> None:
     ]
     # Drops of 1 and 0: mean 0.5, standard error 0.5, and t = 12.706 with one degree of freedom.
     assert study.bounds_table({"gm": {"rows": rows}})[5:] == [
-        "| GM, W3A4, Dice | 0.5 |  |  | +6.85 (2 in 2 folds) |  |"
+        "| GM, W3A4, Dice | 0.5 |  |  | +6.85 (2 in 2 folds) |  |  |"
     ]
 
 
@@ -170,7 +174,15 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
     base.mkdir(parents=True)
     torch.manual_seed(0)
     torch.save(uq.networks.FixedPointUNet(1, 1, width=2).state_dict(), base / "model.pt")
-    rows = ["float, trained on", "+ both (SS-QAT)", "+ teacher", "+ all", "Brevitas", "Brevitas, equalized"]
+    rows = [
+        "float, trained on",
+        "+ both (SS-QAT)",
+        "+ teacher",
+        "+ all",
+        "as shipped",
+        "Brevitas",
+        "Brevitas, equalized",
+    ]
     arguments = [
         "em",
         "--dataset",
@@ -195,6 +207,16 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
     assert set(ours["dice"]) == set(ours["membrane_dice"]) and set(ours["nsd"]) == set(ours["hd95"])
     packed = tmp_path / "out" / "em" / "W3A4" / "both--ss-qat" / "fold0-seed0" / "model.unetq"
     assert uq.inspect_packed(packed)["plan"]["layers"]["decoder.0.conv1"]["parts"] == [["skip", 8], ["up", 8]]
+    (recipe,) = (row for row in document["rows"] if row["row"] == "as shipped")
+    assert (
+        recipe["steps"] == 4
+        and recipe["weight_bytes"] <= ours["weight_bytes"]
+        and recipe["learning_rate"] == 1e-3
+    )
+    shipped = tmp_path / "out" / "em" / "W3A4" / "as-shipped" / "fold0-seed0" / "recipe" / "model.unetq"
+    plan = uq.inspect_packed(shipped)["plan"]
+    assert plan["layers"]["decoder.0.conv1"]["parts"] == [["skip", 8], ["up", 8]]
+    assert uq.QuantPlan.from_json(plan).scale == "power-of-two"
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("score.json")}
     study.main(arguments)
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("score.json")}

@@ -52,6 +52,12 @@ def test_a_packed_model_there_and_back(printed: Printed, tmp_path: Path) -> None
     )
     both = ("--data", tmp_path, "--against", tmp_path / "integer")
     assert "differ: 0.0000%" in printed("verify", tmp_path / "integer", *both)
+    with torch.no_grad():
+        rare = int(document["images"][0]["labels"].get("1", 0) < 0.5)
+        network.get_parameter("last.bias")[rare] += 50
+    uq.export(network, torch.zeros(1, 1, 32, 32), "integer", tmp_path / "other")
+    error = printed("verify", tmp_path / "integer", "--data", tmp_path, "--against", tmp_path / "other")
+    assert "other labels than" in error and "of 1 of 1 images, most on slice.npy (" in error
     assert "not an empty folder" in printed("export", tmp_path / "model.unetq", "--to", "packed", "--out", tmp_path / "integer")  # fmt: skip
     assert "--fold" in printed("export", tmp_path / "model.unetq", "--to", "packed", "--out", tmp_path / "x", "--fold", "0")  # fmt: skip
     (tmp_path / "integer" / "model.unetq").write_bytes(b"")
@@ -68,6 +74,7 @@ def test_a_bundle_with_its_keys(printed: Printed, tmp_path: Path) -> None:
     document = json.loads((tmp_path / "out" / "export.json").read_text())
     steps = document["preprocessing"]["monai_transforms"]["transforms"]
     assert [step["_target_"] for step in steps][:2] == ["LoadImaged", "ScaleIntensityRanged"]
+    assert steps[1]["a_max"] == 255, "a value, not a reference to another key"
     assert "expected KEY=VALUE" in printed(*command[:5], tmp_path / "y", "--set", "width")
 
 

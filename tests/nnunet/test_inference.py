@@ -20,6 +20,7 @@ from monai_unetq.cli import main
 from monai_unetq.nnunet import inference
 from monai_unetq.nnunet.inference import TrainedFolder, case_name, cases, write_bundle
 from monai_unetq.nnunet.trainer import nnUNetTrainerQAT
+from monai_unetq.runtime.preprocessing import preprocessed
 from tests.bundles.schema import SCHEMA
 from tests.nnunet.datasets import REGIONS, load
 
@@ -95,7 +96,10 @@ def test_a_fold_is_exported_with_a_real_image(
     assert document["image"] == [1, 1, *plans["configurations"]["3d_fullres"]["patch_size"]]
     assert document["preprocessing"]["normalization_schemes"] == ["ZScoreNormalization"]
     assert document["preprocessing"]["nnunet_configuration"] == "3d_fullres"
-    assert main(["verify", str(out)]) == 0
+    given = preprocessed([tmp_path / "one_0000.nii.gz"], document["preprocessing"], 3)
+    assert np.array_equal(given[0], TrainedFolder(folder).preprocess([tmp_path / "one_0000.nii.gz"]).numpy())
+    assert main(["verify", str(out), "--data", str(tmp_path)]) == 0
+    assert "one_0000.nii.gz" in capsys.readouterr().out
 
 
 def test_an_export_says_what_nnunet_does_to_an_image(folder: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 import monai_unetq as uq
 from monai_unetq.cli import main
 from monai_unetq.deploy.exporting import ExportTarget
+from monai_unetq.runtime import images
 from monai_unetq.runtime.engine import document_checksum, load, read_export
 from monai_unetq.runtime.executions import Execution
 from monai_unetq.runtime.images import find_cases, read_image, run_images
@@ -354,6 +355,38 @@ def test_two_exports_are_compared_on_images(exported: dict[str, Path], tmp_path:
     uq.export(other, case.image, "onnx", tmp_path / "other")
     (found,) = run_images(exported["onnx"], tmp_path / "images", tmp_path / "other")
     assert found["labels_differ"] > 0 and found["largest"] > 0
+
+
+@pytest.mark.parametrize(
+    ("target", "dynamic", "shape"),
+    [("integer", None, (2, 3, 4)), ("onnx", [0], (2, 3)), ("qonnx", [], (2, 3))],
+)
+def test_volumes_and_models_of_one_size_run_in_tiles(
+    target: str,
+    dynamic: list[int] | None,
+    shape: tuple[int, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    document: dict[str, Any] = {
+        "target": target,
+        "dynamic": dynamic,
+        "image": [1, 1, *shape],
+        "preprocessing": {},
+    }
+    monkeypatch.setattr(images, "read_export", lambda folder: document)
+    image = np.random.default_rng(0).normal(size=(5, 6, 7)[: len(shape)]).astype(np.float32)
+    np.save(tmp_path / "a.npy", image)
+    sizes = []
+
+    def engine(part: np.ndarray) -> np.ndarray:
+        sizes.append(part.shape)
+        return np.concatenate([part, 0 * part], 1)
+
+    monkeypatch.setattr(images, "load", lambda folder: engine)
+    (found,) = run_images(tmp_path, tmp_path, tmp_path)
+    assert set(sizes) == {(1, 1, *shape)} and len(sizes) == 2 * 3 * 2 * (2 if len(shape) == 3 else 1)
+    assert found["labels"]["0"] == pytest.approx((image >= 0).mean(), abs=1e-9) and found["largest"] == 0
 
 
 def test_an_exported_network_is_a_module(exported: dict[str, Path]) -> None:
