@@ -77,9 +77,11 @@ def find_scale(rows: Tensor, number_format: QFormat, method: RangeMethod, power_
     else:
         candidates = [largest * float(shrink) for shrink in _SHRINKS]
     best, least = candidates[0], torch.full_like(largest, float("inf"))
+    rounded = torch.empty_like(rows)  # one for all candidates: of large weights, fresh memory takes most of the time
     for candidate in candidates:
         column = candidate[:, None]
-        error = ((rows / column).round().clamp(qmin, qmax) * column - rows).square().mean(dim=1)
+        torch.div(rows, column, out=rounded).round_().clamp_(qmin, qmax)
+        error = rounded.mul_(column).sub_(rows).square_().mean(dim=1)
         best, least = torch.where(error < least, candidate, best), torch.minimum(error, least)
     return best
 
