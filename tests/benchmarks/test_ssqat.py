@@ -176,7 +176,6 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
     torch.save(uq.networks.FixedPointUNet(1, 1, width=2).state_dict(), base / "model.pt")
     rows = [
         "float, trained on",
-        "+ both (SS-QAT)",
         "+ teacher",
         "+ all",
         "as shipped",
@@ -201,11 +200,11 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
     tried = {row.get("learning_rate"): row for row in document["validation"]}
     assert tried.keys() == {None, 1e-3, 3e-4} and tried[None]["row"] == "float"
     assert tried[1e-3]["dice"].keys().isdisjoint(document["rows"][0]["dice"])  # other cases than the test's
-    (ours,) = (row for row in document["rows"] if row["row"] == "+ both (SS-QAT)")
+    (ours,) = (row for row in document["rows"] if row["row"] == "+ all")
     assert ours["steps"] == 4 and ours["weight_bytes"] > 0 and ours["bops"] > 0
     assert ours["validation"].keys() == {"dice", "nsd"}
     assert set(ours["dice"]) == set(ours["membrane_dice"]) and set(ours["nsd"]) == set(ours["hd95"])
-    packed = tmp_path / "out" / "em" / "W3A4" / "both--ss-qat" / "fold0-seed0" / "model.unetq"
+    packed = tmp_path / "out" / "em" / "W3A4" / "all" / "fold0-seed0" / "model.unetq"
     assert uq.inspect_packed(packed)["plan"]["layers"]["decoder.0.conv1"]["parts"] == [["skip", 8], ["up", 8]]
     (recipe,) = (row for row in document["rows"] if row["row"] == "as shipped")
     assert (
@@ -228,7 +227,7 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
     study.main(["page", "--out", str(tmp_path / "out"), "--page", str(pages)])
     text = (pages / "ssqat.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
-    assert "| W3A4 | + both (SS-QAT) | 1 |" in text and "| widths | row | 0.0003 | 0.001 |" in text
+    assert "| W3A4 | + all | 1 |" in text and "| widths | row | 0.0003 | 0.001 |" in text
     assert json.loads((pages / "ssqat-em.json").read_text()) == document
 
 
