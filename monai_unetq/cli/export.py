@@ -11,6 +11,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..errors import one_line
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -129,7 +131,7 @@ def _export(options: argparse.Namespace) -> None:
         )  # fmt: skip
     except OnnxExporterError as error:
         raise ValueError(
-            f"{options.model}: PyTorch's ONNX exporter fails on this network ({_one_line(error.__cause__ or error)}); "
+            f"{options.model}: PyTorch's ONNX exporter fails on this network ({one_line(error.__cause__ or error)}); "
             "--to packed needs no exporter"
         ) from error
     if options.json:
@@ -179,13 +181,9 @@ def _check_size(network: nn.Module, example: Tensor, options: argparse.Namespace
     except Exception as error:  # the network's own code
         size = " ".join(map(str, example.shape[2:]))
         raise ValueError(
-            f"{options.model}: the network does not take images of the size {size} ({_one_line(error)}); give another "
+            f"{options.model}: the network does not take images of the size {size} ({one_line(error)}); give another "
             "--size, of U-Nets multiples of 32"
         ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _refuse(options: argparse.Namespace, model: Path, what: str, *names: str) -> None:

@@ -77,7 +77,8 @@ def find_scale(rows: Tensor, number_format: QFormat, method: RangeMethod, power_
     else:
         candidates = [largest * float(shrink) for shrink in _SHRINKS]
     best, least = candidates[0], torch.full_like(largest, float("inf"))
-    rounded = torch.empty_like(rows)  # one for all candidates: of large weights, fresh memory takes most of the time
+    # One for all candidates: with large weights, fresh memory would take most of the time.
+    rounded = torch.empty_like(rows)
     for candidate in candidates:
         column = candidate[:, None]
         torch.div(rows, column, out=rounded).round_().clamp_(qmin, qmax)

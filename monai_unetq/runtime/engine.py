@@ -10,7 +10,17 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ENGINES", "EXPORT_VERSION", "GOLDEN", "Engine", "document_checksum", "load", "read_export"]
+from ..errors import one_line
+
+__all__ = [
+    "ENGINES",
+    "EXPORT_VERSION",
+    "GOLDEN",
+    "Engine",
+    "document_checksum",
+    "load",
+    "read_export",
+]
 
 EXPORT_VERSION = 1
 """Of ``export.json``."""
@@ -129,14 +139,10 @@ def load(folder: str | Path) -> Engine:
                     f"expected {exported}, which it was exported with, or another size that the network takes"
                 )
             raise ValueError(
-                f"{folder}: cannot run an image of the shape {image.shape}, {what} ({_one_line(error)})"
+                f"{folder}: cannot run an image of the shape {image.shape}, {what} ({one_line(error)})"
             ) from error
 
     return run
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _onnx_runtime(folder: Path) -> Engine:
@@ -147,7 +153,7 @@ def _onnx_runtime(folder: Path) -> Engine:
     try:
         session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no common class
-        raise ValueError(f"{folder / 'model.onnx'}: ONNX Runtime refuses it ({_one_line(error)})") from None
+        raise ValueError(f"{folder / 'model.onnx'}: ONNX Runtime refuses it ({one_line(error)})") from None
 
     def run(image: np.ndarray) -> np.ndarray:
         logits: np.ndarray = session.run(None, {"image": image})[0]
@@ -166,7 +172,7 @@ def _openvino(folder: Path) -> Engine:
         model = core.read_model(folder / "model.xml")
     except Exception as error:  # whatever a damaged model makes it raise
         raise ValueError(
-            f"{folder / 'model.xml'}: OpenVINO refuses it or its model.bin ({_one_line(error)})"
+            f"{folder / 'model.xml'}: OpenVINO refuses it or its model.bin ({one_line(error)})"
         ) from None
     shape: tuple[int, ...] | None = None
     compiled: Any = None
@@ -207,7 +213,7 @@ def _qonnx(folder: Path) -> Engine:
     try:
         model = ModelWrapper(str(folder / "model.onnx"))
     except Exception as error:  # whatever a damaged model makes it raise
-        raise ValueError(f"{folder / 'model.onnx'}: qonnx refuses it ({_one_line(error)})") from None
+        raise ValueError(f"{folder / 'model.onnx'}: qonnx refuses it ({one_line(error)})") from None
 
     def run(image: np.ndarray) -> np.ndarray:
         logits: np.ndarray = execute_onnx(model, {"image": image})["logits"]

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import one_line
+
 __all__ = ["MONAI_STEPS", "preprocessed"]
 
 MONAI_STEPS: Mapping[str, frozenset[str]] = {
@@ -92,7 +94,7 @@ def _by_monai(files: Sequence[Path], composed: Any) -> np.ndarray:
             case = getattr(monai, name)(keys="image", **arguments)(case)
         except Exception as error:  # MONAI's transforms raise whatever an image makes them
             raise ValueError(
-                f"{files[0]}: the preprocessing step {name} fails on it ({' '.join(str(error).split())})"
+                f"{files[0]}: the preprocessing step {name} fails on it ({one_line(error)})"
             ) from error
     return np.asarray(case["image"], dtype=np.float32)
 
@@ -137,7 +139,5 @@ def _by_nnunet(files: Sequence[Path], settings: Mapping[str, Any]) -> np.ndarray
             [str(file) for file in files], None, plans, configuration, document
         )
     except Exception as error:  # readers and resampling raise whatever an image makes them
-        raise ValueError(
-            f"{files[0]}: nnU-Net's preprocessing fails on it ({' '.join(str(error).split())})"
-        ) from error
+        raise ValueError(f"{files[0]}: nnU-Net's preprocessing fails on it ({one_line(error)})") from error
     return np.asarray(image, dtype=np.float32)

@@ -6,6 +6,7 @@ import copy
 import importlib
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from monai_unetq.deploy import pack
+from monai_unetq.formats import QFormat
 from monai_unetq.layers import QuantizedLayer, SupervisionHead
 from monai_unetq.networks import FixedPointUNet
-from monai_unetq.plan import QuantPlan
+from monai_unetq.plan import LayerPlan, QuantPlan
 from monai_unetq.surgery import (
     SupervisedOutput,
     attach_supervision,
@@ -210,6 +212,28 @@ def test_a_head_reads_the_skip_as_the_decoders_quantizer_rounded_it(name: str, f
     train(set_quantizers(network, False), image)  # the float phase
     for number, layer in enumerate(layers):
         assert torch.equal(read[heads[number]], of_skip(read[layer]))
+
+
+def test_a_head_reads_the_whole_skip_where_the_plan_cuts_the_input_elsewhere() -> None:
+    """Of 4 channels of the skip and 8 of the upsampled path the plan makes parts of 3 and 9."""
+    torch.manual_seed(0)
+    network, image = FixedPointUNet(1, 1, width=4), torch.rand(2, 1, 32, 32)
+    whole = QuantPlan.uniform(network, "int4", "uint4")
+    parts = {"skip": QFormat("uint2"), "up": QFormat("uint4")}
+    cut = LayerPlan(dict.fromkeys(parts, QFormat("int4")), parts, channels=(("skip", 3), ("up", 9)))
+    quantize(network, replace(whole, layers={**whole.layers, "decoder.2.conv1": cut}), image)
+    calibrate(network, [image])
+    attach_supervision(network, image)
+    head = [module for module in network.modules() if isinstance(module, SupervisionHead)][-1]
+    layer = network.get_submodule("decoder.2.conv1")
+    assert isinstance(layer, QuantizedLayer)
+    read: dict[nn.Module, Tensor] = {}
+    for module in (head, layer):
+        module.register_forward_pre_hook(lambda module, args: read.update({module: args[0].detach()}))
+    train(network, image)
+    given = read[layer]
+    rounded = [layer.input_quantizers["skip"](given[:, :3]), layer.input_quantizers["up"](given[:, 3:4])]
+    assert torch.equal(read[head], torch.cat(rounded, 1))
 
 
 @pytest.mark.parametrize(("name", "heads"), [("own, two readers", 1), ("own, five parts", 1), ("UNETR", 4)])
