@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.inferers import SlidingWindowInferer
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -77,9 +78,9 @@ def test_an_export_as_written_passes(target: str, exported: dict[str, Path]) -> 
     assert found.passed and found.equal and found.labels_differ == 0 and found.target == target
 
 
-def test_engines_take_other_sizes(exported: dict[str, Path]) -> None:
+def test_engines_take_other_sizes_and_batches(exported: dict[str, Path]) -> None:
     case = traced("nnunet plain")
-    image = torch.rand(1, 1, 48, 64)
+    image = torch.rand(2, 1, 48, 64)
     with torch.no_grad():
         expected = case.network(image).numpy()
     for target in ("onnx", "openvino"):
@@ -399,3 +400,15 @@ def test_an_exported_network_is_a_module(exported: dict[str, Path]) -> None:
     assert isinstance(logits, MetaTensor) and logits.meta["filename_or_obj"] == "slice.png"
     assert torch.equal(logits.affine, image.affine)
     assert str(exported["openvino"]) in repr(network)
+
+
+@pytest.mark.parametrize("target", ["onnx", "openvino", "integer"])
+def test_an_exported_network_runs_in_monais_sliding_window(target: str, exported: dict[str, Path]) -> None:
+    case = traced("nnunet plain")
+    inferer = SlidingWindowInferer(
+        roi_size=case.image.shape[2:], sw_batch_size=2, overlap=0.5, mode="gaussian"
+    )
+    image = torch.rand(1, 1, 48, 80)
+    with torch.no_grad():
+        expected = inferer(image, case.network)
+    assert torch.allclose(inferer(image, uq.networks.ExportedNetwork(exported[target])), expected, atol=1e-6)
