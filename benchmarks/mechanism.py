@@ -378,7 +378,10 @@ def changed(found: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str,
 
 
 def error_part(study: ssqat.Study, widths: str, figure: Path) -> dict[str, Any]:
-    """How many pixels of the test cases each trained row gets wrong, and where; and the first case's error map."""
+    """How many pixels of the test cases each trained row gets wrong, and where; and the first case's error map.
+
+    The map with the image is drawn into a file; the result has what is wrong in it, and neither image nor label.
+    """
     cases = data_list(study.comparison.dataset, study.fold, "test")
     found: dict[str, Any] = {}
     for row in TRAINED:
@@ -394,11 +397,19 @@ def error_part(study: ssqat.Study, widths: str, figure: Path) -> dict[str, Any]:
     pairs = {row: masks(study, row, widths, case) for row in (UNIFORM, BOTH)}
     true = pairs[UNIFORM][0]
     place = int(true.sum((1, 2)).argmax())
+    section = section_of(true[place])
     image = read_pixels(Path(case["image"]))
-    grey = (image if image.ndim == 3 else image[None])[place].astype(float)
-    guesses = {f"{widths} {row}": guess[place] for row, (_, guess) in pairs.items()}
-    error_figure(grey, true[place], guesses, f"{study.kind.upper()}: {case['case']}, slice {place}", figure)
-    return {"cases": len(cases), "rows": found}
+    grey = levels((image if image.ndim == 3 else image[None])[place].astype(float))[section]
+    wrong = {}
+    for row, (label, guess) in pairs.items():
+        truth, guessed = label[place][section], guess[place][section]
+        wrong[f"{widths} {row}"] = (guessed & ~truth, truth & ~guessed)
+    title = f"{study.kind.upper()}: {case['case']}, slice {place}"
+    error_figure(grey, wrong, title, figure)
+    maps = {name: [runs(mask) for mask in pair] for name, pair in wrong.items()}
+    return {
+        "cases": len(cases), "rows": found, "map": {"title": title, "shape": list(grey.shape), "wrong": maps},
+    }  # fmt: skip
 
 
 def masks(
@@ -437,32 +448,52 @@ def section_of(mask: np.ndarray) -> tuple[slice, slice]:
     return slice(starts[0], starts[0] + side), slice(starts[1], starts[1] + side)
 
 
-def error_figure(
-    grey: np.ndarray, true: np.ndarray, guesses: Mapping[str, np.ndarray], title: str, path: Path
-) -> Path:
-    """An image in grey, (H, W), with what each prediction invented and missed in colours, in one SVG file.
+def levels(image: np.ndarray) -> np.ndarray:
+    """Grey values in [0, 1] of an image, few of them, so that a figure of it stays small."""
+    low, high = np.percentile(image, (1, 99))
+    shown = np.clip((image - low) / max(high - low, 1e-9), 0, 1)
+    return np.round(shown * (GREYS - 1)) / (GREYS - 1)
 
-    The section around the structure is shown; the counts of a title are those of the whole slice. Few grey levels keep
-    the file small.
-    """
-    section = section_of(true)
-    low, high = np.percentile(grey, (1, 99))
-    shown = np.clip((grey - low) / max(high - low, 1e-9), 0, 1)[section]
-    shown = np.round(shown * (GREYS - 1)) / (GREYS - 1)
-    with _figure(path, (3.4 * len(guesses), 4.6)) as figure:
+
+def runs(mask: np.ndarray) -> str:
+    """A mask as lengths of runs in row-major order, the first of them of what is not in it."""
+    changes = np.flatnonzero(np.diff(mask.ravel(), prepend=False))
+    return " ".join(map(str, np.diff(changes, prepend=0, append=mask.size)))
+
+
+def mask_of(lengths: str, shape: Sequence[int]) -> np.ndarray:
+    """The mask that ``runs`` was given."""
+    counts = np.array(lengths.split(), dtype=int)
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(shape)
+
+
+def error_figure(
+    grey: np.ndarray, wrong: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str, path: Path
+) -> Path:
+    """A background in [0, 1], (H, W), with what each prediction invented and missed in colours, in one SVG file."""
+    with _figure(path, (3.4 * len(wrong), 4.6)) as figure:
         figure.suptitle(title, fontsize=10)
-        axes = figure.subplots(1, len(guesses), squeeze=False)[0]
-        for axis, (name, guess) in zip(axes, guesses.items(), strict=True):
-            invented, missed = guess & ~true, true & ~guess
-            colored = np.repeat(shown[..., None], 3, 2)
-            for mask, color in zip((invented, missed), WRONG.values(), strict=True):
-                colored[mask[section]] = to_rgb(color)
-            counts = f"whole slice: {invented.sum()} invented, {missed.sum()} missed"
-            _picture(axis, f"{name}\n{counts}", colored, interpolation="none")
-            axis.set_xlabel(f"{shown.shape[1]} × {shown.shape[0]} pixels")
+        axes = figure.subplots(1, len(wrong), squeeze=False)[0]
+        for axis, (name, pair) in zip(axes, wrong.items(), strict=True):
+            colored = np.repeat(grey[..., None], 3, 2)
+            for mask, color in zip(pair, WRONG.values(), strict=True):
+                colored[mask] = to_rgb(color)
+            invented, missed = (int(mask.sum()) for mask in pair)
+            _picture(axis, f"{name}\n{invented} invented, {missed} missed", colored, interpolation="none")
+            axis.set_xlabel(f"{grey.shape[1]} × {grey.shape[0]} pixels")
         handles = [Patch(facecolor=color, label=name) for name, color in WRONG.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return path
+
+
+def error_map(document: Mapping[str, Any], path: Path) -> Path:
+    """What is wrong in the section of a document's error map, on white: neither image nor label is shown."""
+    found = document["errors"]["map"]
+    wrong = {
+        name: (mask_of(invented, found["shape"]), mask_of(missed, found["shape"]))
+        for name, (invented, missed) in found["wrong"].items()
+    }
+    return error_figure(np.ones(found["shape"]), wrong, found["title"], path)
 
 
 # The page
@@ -474,7 +505,7 @@ def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
     for kind, document in documents.items():
         lines += ["", f"## {kind.upper()}, {document['widths']}", ""]
         lines += [*_gradient_table(kind, document), *_spectrum_table(kind, document)]
-        lines += [*_skip_table(document), *_error_table(document)]
+        lines += [*_skip_table(document), *_error_table(kind, document)]
         lines.append(
             f"Width {document['width']}, {document['float_steps']} float steps, then {document['steps']} steps for every "
             f"trained row, learning rate {document['learning_rate']:g}, λ = {document['supervision']:g}, "
@@ -546,12 +577,13 @@ def _skip_table(document: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _error_table(document: Mapping[str, Any]) -> list[str]:
+def _error_table(kind: str, document: Mapping[str, Any]) -> list[str]:
     found = document["errors"]
     lines = [
         "### Errors of the trained networks", "",
         f"Pixels of the {found['cases']} test cases that are wrong, and how many of them lie within {NEAR:g} pixels of the "
-        "true boundary.", "",
+        "true boundary. The map shows what is wrong in a section of the first case, without image and label.", "",
+        f"![{kind.upper()}: false positives in red, false negatives in blue](ssqat-mechanism-{kind}-errors.svg)", "",
         "| row | false positives [‰] | false negatives [‰] | near the boundary [%] |", "|---|---:|---:|---:|",
     ]  # fmt: skip
     for row, counts in found["rows"].items():
@@ -658,6 +690,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for kind, document in write_page("ssqat-mechanism", source, options.page, MARKS, markdown).items():
             gradient_figure(document, options.page / f"ssqat-mechanism-{kind}-gradients.svg")
             spectrum_figure(document, options.page / f"ssqat-mechanism-{kind}-spectra.svg")
+            error_map(document, options.page / f"ssqat-mechanism-{kind}-errors.svg")
         return 0
     document = collected(ssqat.study_of(options), options.widths)
     write_json(source / f"{options.kind}.json", rounded(document))

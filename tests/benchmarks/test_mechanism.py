@@ -14,6 +14,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
 import monai_unetq as uq
@@ -158,18 +160,26 @@ def test_the_section_holds_a_small_structure_and_stays_in_the_image(study: Modul
 
 def test_an_error_map_is_small(study: ModuleType, tmp_path: Path) -> None:
     noise = np.random.default_rng(0)
-    grey, true = gaussian_filter(noise.normal(size=(512, 512)), 1.5), np.zeros((512, 512), dtype=bool)
-    true[100:400, 100:400] = True
-    guess = true ^ (noise.random((512, 512)) < 0.05)
-    path = study.error_figure(grey, true, {"one": guess, "other": true}, "a case", tmp_path / "errors.svg")
+    grey = study.levels(gaussian_filter(noise.normal(size=(128, 128)), 1.5))
+    wrong = noise.random((2, 128, 128)) < 0.05
+    nothing = np.zeros((128, 128), dtype=bool)
+    maps = {"one": (wrong[0], wrong[1]), "other": (wrong[0], nothing)}
+    path = study.error_figure(grey, maps, "a case", tmp_path / "errors.svg")
     text = path.read_text()
     assert len(text) <= 60_000 and text.count("data:image/png;base64") == 2
-    assert (
-        "false positive" in text
-        and "a case" in text
-        and f"{(guess & ~true).sum()} invented" in text
-        and "0 missed" in text
-    )
+    assert "false positive" in text and "a case" in text
+    assert f"{wrong[0].sum()} invented" in text and "0 missed" in text
+
+
+@given(st.integers(0, 2**12 - 1))
+def test_masks_are_read_back_from_runs(study: ModuleType, bits: int) -> None:
+    mask = np.array([bits >> place & 1 for place in range(12)], dtype=bool).reshape(3, 4)
+    assert (study.mask_of(study.runs(mask), (3, 4)) == mask).all()
+
+
+def test_runs_begin_with_what_is_not_in_the_mask(study: ModuleType) -> None:
+    assert study.runs(np.array([[False, False, True], [True, False, True]])) == "2 2 1 1"
+    assert study.runs(np.array([[True, False]])) == "0 1 1"
 
 
 def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +205,7 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
     assert document["skip"]["rounded"]["float"]["dice"]["change"] == 0
     assert set(document["errors"]["rows"]) == set(study.TRAINED)
     assert next(out.rglob("errors.svg")).stat().st_size < 60_000
+    assert set(document["errors"]["map"]["wrong"]) == {"W3A4 uniform", "W3A4 + both (SS-QAT)"}
     files = [*out.rglob("found.json"), *out.rglob("score.json"), *out.rglob("model.unetq")]
     before = {file: file.stat().st_mtime_ns for file in files}
     assert len(files) == 14 and study.main(arguments) == 0
@@ -227,7 +238,11 @@ def test_the_page_in_the_repository_is_what_its_json_gives(tmp_path: Path) -> No
     assert (pages / "ssqat-mechanism.md").read_text() == (RESULTS / "ssqat-mechanism.md").read_text()
     for file in found:
         assert json.loads((pages / file.name).read_text()) == json.loads(file.read_text())
-        for part, titles in (("gradients", "norm of the gradient|signal to noise"), ("spectra", "→ decoder")):
+        for part, titles in (
+            ("gradients", "norm of the gradient|signal to noise"),
+            ("spectra", "→ decoder"),
+            ("errors", r"uniform|\d+ invented"),
+        ):
             # Drawn by another matplotlib it differs in places, not in what it shows.
             texts = [(folder / f"{file.stem}-{part}.svg").read_text() for folder in (pages, RESULTS)]
             assert len({tuple(re.findall(titles, text)) for text in texts}) == 1 and re.search(
