@@ -411,4 +411,6 @@ def test_an_exported_network_runs_in_monais_sliding_window(target: str, exported
     image = torch.rand(1, 1, 48, 80)
     with torch.no_grad():
         expected = inferer(image, case.network)
-    assert torch.allclose(inferer(image, uq.networks.ExportedNetwork(exported[target])), expected, atol=1e-6)
+    found = inferer(image, uq.networks.ExportedNetwork(exported[target]))
+    assert isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor)
+    assert torch.allclose(found, expected, atol=1e-6)
