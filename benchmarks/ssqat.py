@@ -605,7 +605,31 @@ def beside_the_peers(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
             "", f"Boundary Dice is ahead of the peer's that has the best: {'; '.join(leads)}. Of the peer's loss of Dice: that of "
             "what is shipped / of everything / of `+ equalization`, over the peer's, where it loses more than 1.",
         ]  # fmt: skip
-    return lines
+    pairs = [(EVERYTHING, EQUALIZED), (SHIPPED, EVERYTHING), (SHIPPED, EQUALIZED)]
+    beside = [text for row, other in pairs if (text := row_beside_row(documents, row, other))]
+    return lines + (["", f"On average, in the folds that both have: {'; '.join(beside)}."] if beside else [])
+
+
+def row_beside_row(documents: Mapping[str, Mapping[str, Any]], row: str, other: str) -> str:
+    """Mean difference of two rows over the data sets and widths that have both, in the folds that both have."""
+    found = []
+    for document, widths in itertools.product(documents.values(), WIDTHS):
+        folds = sorted(
+            set(folds_of(trainings(document, row, widths)))
+            & set(folds_of(trainings(document, other, widths)))
+        )
+        if folds:
+            found.append(
+                [
+                    mean_change(document, row, widths, measure, folds)
+                    - mean_change(document, other, widths, measure, folds)
+                    for measure in ("dice", "nsd")
+                ]
+            )
+    if not found:
+        return ""
+    dice, nsd = np.mean(found, axis=0)
+    return f"`{row}` beside `{other}` {dice:+.2f} Dice and {nsd:+.2f} boundary Dice over {len(found)} lines"
 
 
 def cell(document: Mapping[str, Any], row: str, widths: str, folds: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .engine import Engine, load, read_export
-from .preprocessing import preprocessed
+from .preprocessing import preprocessor
 from .verify import labels
 
 __all__ = ["find_cases", "read_channels", "read_image", "run_images"]
@@ -143,12 +143,15 @@ def run_images(folder: Path, data: Path, against: Path | None = None) -> list[di
     """
     document = read_export(folder)
     shape, steps = document["image"], document["preprocessing"]
+    dimensions = len(shape) - 2
     cases = find_cases(data, shape[1])
+    arrays = {case for case, files in cases.items() if all(f.name.lower().endswith(".npy") for f in files)}
+    prepared = preprocessor(steps, dimensions) if steps and arrays != set(cases) else None
     engine, other = load(folder), None if against is None else load(against)
     tile = _tile(document) or (None if against is None else _tile(read_export(against)))
     found = []
     for case, files in tqdm(cases.items(), desc=f"{folder.name}: images", unit="image", disable=None):
-        image = _read(files, steps, len(shape) - 2)
+        image = read_channels(files, dimensions) if prepared is None or case in arrays else prepared(files)
         if image.shape[1] != shape[1]:
             raise ValueError(
                 f"{files[0]}: has {image.shape[1]} channels, the network of {folder} reads {shape[1]}"
@@ -173,19 +176,13 @@ def run_images(folder: Path, data: Path, against: Path | None = None) -> list[di
     return found
 
 
-def _read(files: Sequence[Path], steps: Mapping[str, Any], dimensions: int) -> np.ndarray:
-    if steps and not all(file.name.lower().endswith(".npy") for file in files):
-        return preprocessed(files, steps, dimensions)
-    return read_channels(files, dimensions)
-
-
 def _tile(document: Mapping[str, Any]) -> tuple[int, ...] | None:
     """The size of the pieces that an image is run in; None for the whole image at once.
 
     Volumes are cut, as whole ones take much memory, and so is what a model of one fixed size reads.
     """
     shape = document["image"]
-    fixed = document["target"] in ("onnx", "qonnx") and 2 not in (document.get("dynamic") or [])
+    fixed = document["target"] in ("onnx", "qonnx") and 2 not in document.get("dynamic", [])
     return tuple(shape[2:]) if fixed or len(shape) == 5 else None
 
 

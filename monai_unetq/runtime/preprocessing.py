@@ -6,7 +6,7 @@ in a table, and their arguments are plain values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import one_line
 
-__all__ = ["MONAI_STEPS", "preprocessed"]
+__all__ = ["MONAI_STEPS", "preprocessor"]
 
 MONAI_STEPS: Mapping[str, frozenset[str]] = {
     name: frozenset(arguments.split())
@@ -33,47 +33,47 @@ MONAI_STEPS: Mapping[str, frozenset[str]] = {
 """Transforms of MONAI that are run, with the arguments beside ``keys`` that they may have."""
 
 
-def preprocessed(files: Sequence[Path], preprocessing: Mapping[str, Any], dimensions: int) -> np.ndarray:
-    """An image of one file for each channel as the exported network reads it.
+def preprocessor(preprocessing: Mapping[str, Any], dimensions: int) -> Callable[[Sequence[Path]], np.ndarray]:
+    """What makes an image, one file for each channel, what the exported network reads.
 
     Args:
-        files: of one case.
         preprocessing: that of ``export.json``, with ``monai_transforms`` or nnU-Net's ``configuration``.
         dimensions: 2 or 3; a volume for a network in 2D becomes a batch of its slices.
 
     Returns:
-        (N, C, spatial…), float32.
+        a function from the files of a case to (N, C, spatial…), float32; it raises ValueError where a step fails on them.
 
     Raises:
-        ValueError: if a step is none that is run here, or fails on the image.
+        ValueError: if a step is none that is run here.
         ImportError: without MONAI or nnU-Net.
     """
     if "monai_transforms" in preprocessing:
-        image = _by_monai(files, preprocessing["monai_transforms"])
-        slices_last = True
+        run, slices_first = _by_monai(preprocessing["monai_transforms"]), (3, 0, 1, 2)
     elif "configuration" in preprocessing:
-        image = _by_nnunet(files, preprocessing)
-        slices_last = False
+        run, slices_first = _by_nnunet(preprocessing), (1, 0, 2, 3)
     else:
         raise ValueError(
             f"export.json: 'preprocessing' has the keys {sorted(preprocessing)}, expected 'monai_transforms' or "
             "nnU-Net's 'configuration'; save images that are preprocessed as .npy"
         )
-    if image.ndim == dimensions + 2 == 4:
-        return np.ascontiguousarray(
-            image.transpose(3, 0, 1, 2) if slices_last else image.transpose(1, 0, 2, 3)
-        )
-    if image.ndim != dimensions + 1:
-        raise ValueError(
-            f"{files[0]}: has {image.ndim - 1} dimensions behind its preprocessing, expected {dimensions}"
-        )
-    return image[None]
+
+    def prepared(files: Sequence[Path]) -> np.ndarray:
+        image = run(files)
+        if image.ndim == dimensions + 2 == 4:
+            return np.ascontiguousarray(image.transpose(slices_first))
+        if image.ndim != dimensions + 1:
+            raise ValueError(
+                f"{files[0]}: has {image.ndim - 1} dimensions behind its preprocessing, expected {dimensions}"
+            )
+        return image[None]
+
+    return prepared
 
 
-def _by_monai(files: Sequence[Path], composed: Any) -> np.ndarray:
+def _by_monai(composed: Any) -> Callable[[Sequence[Path]], np.ndarray]:
     """Through a ``Compose`` of MONAI: (C, spatial…)."""
     steps = composed.get("transforms", [composed]) if isinstance(composed, Mapping) else composed
-    transforms = []
+    wanted = []
     for number, step in enumerate(steps):
         if not isinstance(step, Mapping) or "_target_" not in step:
             raise _unknown(number, repr(step))
@@ -85,18 +85,23 @@ def _by_monai(files: Sequence[Path], composed: Any) -> np.ndarray:
         for argument, value in arguments.items():
             if argument not in MONAI_STEPS[name] or not _plain(value):
                 raise _unknown(number, f"{name}({argument}={value!r})")
-        transforms.append((name, arguments))
+        wanted.append((name, arguments))
     from monai import transforms as monai
 
-    case: dict[str, Any] = {"image": str(files[0]) if len(files) == 1 else [str(file) for file in files]}
-    for name, arguments in transforms:
-        try:
-            case = getattr(monai, name)(keys="image", **arguments)(case)
-        except Exception as error:  # MONAI's transforms raise whatever an image makes them
-            raise ValueError(
-                f"{files[0]}: the preprocessing step {name} fails on it ({one_line(error)})"
-            ) from error
-    return np.asarray(case["image"], dtype=np.float32)
+    transforms = [(name, getattr(monai, name)(keys="image", **arguments)) for name, arguments in wanted]
+
+    def run(files: Sequence[Path]) -> np.ndarray:
+        case: dict[str, Any] = {"image": str(files[0]) if len(files) == 1 else [str(file) for file in files]}
+        for name, transform in transforms:
+            try:
+                case = transform(case)
+            except Exception as error:  # MONAI's transforms raise whatever an image makes them
+                raise ValueError(
+                    f"{files[0]}: the preprocessing step {name} fails on it ({one_line(error)})"
+                ) from error
+        return np.asarray(case["image"], dtype=np.float32)
+
+    return run
 
 
 def _plain(value: Any) -> bool:
@@ -115,7 +120,7 @@ def _unknown(number: int, what: str) -> ValueError:
     )
 
 
-def _by_nnunet(files: Sequence[Path], settings: Mapping[str, Any]) -> np.ndarray:
+def _by_nnunet(settings: Mapping[str, Any]) -> Callable[[Sequence[Path]], np.ndarray]:
     """As nnU-Net prepares a case, transposed, cropped, normalized and resampled: (C, spatial…)."""
     try:
         from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -134,10 +139,15 @@ def _by_nnunet(files: Sequence[Path], settings: Mapping[str, Any]) -> np.ndarray
     )
     configuration = ConfigurationManager(dict(settings["configuration"]))
     document = {"channel_names": settings["channel_names"], "labels": settings["labels"]}
-    try:
-        image, _, _ = configuration.preprocessor_class(verbose=False).run_case(
-            [str(file) for file in files], None, plans, configuration, document
-        )
-    except Exception as error:  # readers and resampling raise whatever an image makes them
-        raise ValueError(f"{files[0]}: nnU-Net's preprocessing fails on it ({one_line(error)})") from error
-    return np.asarray(image, dtype=np.float32)
+    steps = configuration.preprocessor_class(verbose=False)
+
+    def run(files: Sequence[Path]) -> np.ndarray:
+        try:
+            image, _, _ = steps.run_case([str(file) for file in files], None, plans, configuration, document)
+        except Exception as error:  # readers and resampling raise whatever an image makes them
+            raise ValueError(
+                f"{files[0]}: nnU-Net's preprocessing fails on it ({one_line(error)})"
+            ) from error
+        return np.asarray(image, dtype=np.float32)
+
+    return run

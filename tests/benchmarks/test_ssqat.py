@@ -80,11 +80,22 @@ def test_the_better_peer_is_the_one_with_more_dice(study: ModuleType) -> None:
         "| 0.13 / 0.07 / 0.20 |"
     )
     # Boundary Dice: 89, 90 and 88 of ours beside 80 of Brevitas, which has less Dice.
-    assert "`as shipped` by +9.0 on average over 1 lines" in lines[-1]
-    assert "`+ all` by +10.0 on average over 1 lines (median +10.00), by +10.00 where least" in lines[-1]
+    assert "`as shipped` by +9.0 on average over 1 lines" in lines[-3]
+    assert "`+ all` by +10.0 on average over 1 lines (median +10.00), by +10.00 where least" in lines[-3]
     assert (
-        "`+ equalization` by +8.0 on average over 1 lines (median +8.00), by +8.00 where least" in lines[-1]
+        "`+ equalization` by +8.0 on average over 1 lines (median +8.00), by +8.00 where least" in lines[-3]
     )
+
+
+def test_two_rows_differ_on_average_over_lines_in_the_folds_that_both_have(study: ModuleType) -> None:
+    rows = compared({"float": 90.0, "+ all": 89.0, "+ equalization": 87.0}, 0)
+    rows += compared({"float": 90.0, "+ equalization": 0.0}, 1)
+    rows.append(row("+ all", "W3A3", 0, dice={"a": 80.0}, nsd={"a": 82.0}))
+    rows.append(row("+ equalization", "W3A3", 0, dice={"a": 84.0}, nsd={"a": 83.0}))
+    found = study.row_beside_row({"gm": {"rows": rows}}, "+ all", "+ equalization")
+    # W2A2: 2 and 2, in fold 0; W3A3: -4 and -1.
+    assert found == "`+ all` beside `+ equalization` -1.00 Dice and +0.50 boundary Dice over 2 lines"
+    assert study.row_beside_row({"gm": {"rows": rows}}, "as shipped", "+ all") == ""
 
 
 def test_only_the_same_folds_are_compared(study: ModuleType) -> None:

@@ -20,7 +20,7 @@ from monai_unetq.cli import main
 from monai_unetq.nnunet import inference
 from monai_unetq.nnunet.inference import TrainedFolder, case_name, cases, write_bundle
 from monai_unetq.nnunet.trainer import nnUNetTrainerQAT
-from monai_unetq.runtime.preprocessing import preprocessed
+from monai_unetq.runtime.preprocessing import preprocessor
 from tests.bundles.schema import SCHEMA
 from tests.nnunet.datasets import REGIONS, load
 
@@ -96,7 +96,7 @@ def test_a_fold_is_exported_with_a_real_image(
     assert document["image"] == [1, 1, *plans["configurations"]["3d_fullres"]["patch_size"]]
     assert document["preprocessing"]["normalization_schemes"] == ["ZScoreNormalization"]
     assert document["preprocessing"]["nnunet_configuration"] == "3d_fullres"
-    given = preprocessed([tmp_path / "one_0000.nii.gz"], document["preprocessing"], 3)
+    given = preprocessor(document["preprocessing"], 3)([tmp_path / "one_0000.nii.gz"])
     assert np.array_equal(given[0], TrainedFolder(folder).preprocess([tmp_path / "one_0000.nii.gz"]).numpy())
     assert main(["verify", str(out), "--data", str(tmp_path)]) == 0
     assert "one_0000.nii.gz" in capsys.readouterr().out

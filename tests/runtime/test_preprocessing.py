@@ -12,7 +12,7 @@ from monai.transforms import Compose, LoadImaged, NormalizeIntensityd, Orientati
 from PIL import Image
 
 from monai_unetq.runtime.images import run_images
-from monai_unetq.runtime.preprocessing import preprocessed
+from monai_unetq.runtime.preprocessing import preprocessor
 
 CT: list[dict[str, Any]] = [
     {"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True},
@@ -36,10 +36,10 @@ def test_a_window_and_an_orientation(volume: tuple[Path, np.ndarray]) -> None:
     file, values = volume
     # SimpleITK's axes are LPS: RAS turns x and y around.
     expected = np.clip(values.transpose(2, 1, 0)[::-1, ::-1] / 255, 0, 1)
-    found = preprocessed([file], {"monai_transforms": {"_target_": "Compose", "transforms": CT}}, 3)
+    found = preprocessor({"monai_transforms": {"_target_": "Compose", "transforms": CT}}, 3)([file])
     assert found.dtype == np.float32 and found.shape == (1, 1, 6, 5, 4)
     assert found[0, 0] == pytest.approx(expected)
-    slices = preprocessed([file], {"monai_transforms": CT}, 2)
+    slices = preprocessor({"monai_transforms": CT}, 2)([file])
     assert slices.shape == (4, 1, 6, 5) and slices[2, 0] == pytest.approx(expected[..., 2])
 
 
@@ -59,7 +59,7 @@ def test_spacing_and_normalization_are_monais(volume: tuple[Path, np.ndarray]) -
         ]
     )
     expected = np.asarray(compose({"image": str(file)})["image"])
-    found = preprocessed([file], {"monai_transforms": steps}, 3)
+    found = preprocessor({"monai_transforms": steps}, 3)([file])
     assert found.shape[2:] == (8, 7, 4) and np.array_equal(found[0], expected)
 
 
@@ -81,21 +81,21 @@ def test_spacing_and_normalization_are_monais(volume: tuple[Path, np.ndarray]) -
 def test_a_step_that_is_not_in_the_table_is_refused(step: Any, message: str, tmp_path: Path) -> None:
     """Before any file is read: there is none."""
     with pytest.raises(ValueError, match=message):
-        preprocessed([tmp_path / "none.png"], {"monai_transforms": [CT[0], step]}, 2)
+        preprocessor({"monai_transforms": [CT[0], step]}, 2)([tmp_path / "none.png"])
 
 
 def test_other_documents_and_images_are_refused(volume: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     file, _ = volume
     with pytest.raises(ValueError, match=r"has the keys \['spacing'\], expected 'monai_transforms'"):
-        preprocessed([file], {"spacing": [1, 1, 1]}, 3)
+        preprocessor({"spacing": [1, 1, 1]}, 3)([file])
     (tmp_path / "broken.nii.gz").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"broken\.nii\.gz: the preprocessing step LoadImaged fails on it"):
-        preprocessed([tmp_path / "broken.nii.gz"], {"monai_transforms": CT}, 3)
+        preprocessor({"monai_transforms": CT}, 3)([tmp_path / "broken.nii.gz"])
     Image.fromarray(np.zeros((5, 6), np.uint8)).save(tmp_path / "slice.png")
     with pytest.raises(
         ValueError, match=r"slice\.png: has 2 dimensions behind its preprocessing, expected 3"
     ):
-        preprocessed([tmp_path / "slice.png"], {"monai_transforms": CT[:1]}, 3)
+        preprocessor({"monai_transforms": CT[:1]}, 3)([tmp_path / "slice.png"])
 
 
 def test_nnunets_normalization_by_hand(volume: tuple[Path, np.ndarray]) -> None:
@@ -113,13 +113,13 @@ def test_nnunets_normalization_by_hand(volume: tuple[Path, np.ndarray]) -> None:
         "intensities": {"0": {"mean": 40.0, "std": 50.0, "percentile_00_5": -100.0, "percentile_99_5": 240.0}},
     }  # fmt: skip
     expected = (np.clip(values, -100, 240) - 40) / 50
-    found = preprocessed([file], settings, 3)
+    found = preprocessor(settings, 3)([file])
     assert found.shape == (1, 1, 4, 5, 6) and found[0, 0] == pytest.approx(expected, abs=1e-5)
-    slices = preprocessed([file], settings, 2)
+    slices = preprocessor(settings, 2)([file])
     assert slices.shape == (4, 1, 5, 6) and slices[:, 0] == pytest.approx(expected, abs=1e-5)
     file.write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"a\.nii\.gz: nnU-Net's preprocessing fails on it"):
-        preprocessed([file], settings, 3)
+        preprocessor(settings, 3)([file])
 
 
 def test_images_of_an_export_go_through_its_steps(

@@ -360,11 +360,11 @@ def test_two_exports_are_compared_on_images(exported: dict[str, Path], tmp_path:
 
 @pytest.mark.parametrize(
     ("target", "dynamic", "shape"),
-    [("integer", None, (2, 3, 4)), ("onnx", [0], (2, 3)), ("qonnx", [], (2, 3))],
+    [("integer", [], (2, 3, 4)), ("onnx", [0], (2, 3)), ("qonnx", [], (2, 3))],
 )
 def test_volumes_and_models_of_one_size_run_in_tiles(
     target: str,
-    dynamic: list[int] | None,
+    dynamic: list[int],
     shape: tuple[int, ...],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
