@@ -15,6 +15,9 @@ for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[_variable] = "1"
     else:
         os.environ.setdefault(_variable, "2")
+# nnU-Net takes every core for itself on a CPU. Beside another process its threads then wait for each other at every
+# operation; GCC's OpenMP lets them do so by turning in circles for milliseconds, unless it is told to let them sleep.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Examples that load a network for the first time are slow: no deadline. In CI the same examples every time.

@@ -224,10 +224,10 @@ def ssqat(
     network: nn.Module,
     loss: Callable[[Any, Any], Tensor],
     loader: DataLoader,
-    validate: Callable[[nn.Module], float],
     out: str | Path,
     *,
     epochs: int,
+    validate: Callable[[nn.Module], float] | None = None,
     learning_rate: float = 1e-3,
     supervision: float = 0.1,
     distillation: float = 1.0,
@@ -249,10 +249,10 @@ def ssqat(
         network: float, trained; a copy of it is worked on.
         loss: of prediction and label, such as ``DiceCELoss(sigmoid=True)``.
         loader: MONAI data loader of *training* data, batches with ``"image"`` and ``"label"``.
-        validate: gives a score of a network in evaluation, larger is better; called after every epoch. What has the best
-            score is packed.
         out: folder for everything.
         epochs: of SS-QAT, each once through the loader.
+        validate: gives a score of a network in evaluation, larger is better; called after every epoch, and the epoch with
+            the best score is packed. By default the last one is: of many epochs on few cases, the best is the luckiest.
         learning_rate: Adam's, of the weights; it falls along a cosine. See ``parameter_groups`` for the others.
         supervision: λ at the beginning, see ``SkipSupervisionLoss``; 0 trains without heads.
         distillation: μ, how much the float network's prediction counts as a teacher; 0 trains without one.
@@ -272,7 +272,7 @@ def ssqat(
             names but no ``stage.json``: something else wrote them, and they are left as they are.
 
     Example:
-        >>> packed = ssqat(network, soft_dice_loss(), loader, validate, "ssqat", epochs=20, budget="weights=3bits")
+        >>> packed = ssqat(network, soft_dice_loss(), loader, "ssqat", epochs=20, budget="weights=3bits")
         >>> network = unpack(packed, FixedPointUNet(1, 1))
     """
     if epochs < 1 or not learning_rate > 0:
@@ -289,6 +289,7 @@ def ssqat(
         "network": network_digest(network), "epochs": epochs, "learning_rate": learning_rate, "supervision": supervision,
         "distillation": distillation, "equalized": equalized,
         "supervision_options": dict(supervision_options or {}), "num_classes": num_classes, "seed": seed,
+        "validated": validate is not None,
         "options": {
             key: list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for key, v in options.items()
         },
@@ -329,6 +330,9 @@ def ssqat(
         part.attach(trainer)
 
     def after_epoch(engine: Engine) -> None:
+        if validate is None:
+            best.keep(engine.state.epoch, engine.state.epoch)  # later is better
+            return
         work.eval()
         score = float(validate(work))
         work.train()

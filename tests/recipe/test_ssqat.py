@@ -22,7 +22,7 @@ from monai_unetq.deploy import inspect_packed, unpack
 from monai_unetq.networks import FixedPointUNet
 from monai_unetq.plan import QuantPlan
 from monai_unetq.recipe import ssqat, ssqat_network, ssqat_plan
-from monai_unetq.surgery import calibrate, equalize, find_skips, quantized_layers, split
+from monai_unetq.surgery import calibrate, equalize, find_skips, inference_state, quantized_layers, split
 from monai_unetq.training import SkipSupervisionLoss, bce_dice_loss, reestimate_norms
 from monai_unetq.training.supervision import supervision_weight
 
@@ -72,8 +72,8 @@ class Validation:
 
 def run(out: Path, validate: Any = None, loss: Any = None, **options: Any) -> Path:
     return ssqat(
-        make_network(), loss or bce_dice_loss(), make_loader(), validate or Validation(), out,
-        **{"epochs": EPOCHS, **OPTIONS, **options},
+        make_network(), loss or bce_dice_loss(), make_loader(), out,
+        **{"epochs": EPOCHS, "validate": validate or Validation(), **OPTIONS, **options},
     )  # fmt: skip
 
 
@@ -121,6 +121,27 @@ def test_a_second_call_finds_everything_done(done: Path) -> None:
     validate = Validation()
     assert run(done, validate) == done / "model.unetq"
     assert validate.calls == 0 and (done / "model.unetq").stat().st_mtime_ns == before
+
+
+def test_the_last_epoch_is_packed_or_the_best(tmp_path: Path) -> None:
+    """The first epoch is the only good one for a validation that says so; without one, epochs are not compared."""
+    seen: list[dict[str, Tensor]] = []
+
+    def first(network: nn.Module) -> float:
+        seen.append({key: value.clone() for key, value in inference_state(network).items()})
+        return -float(len(seen))
+
+    def state(folder: str) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = torch.load(tmp_path / folder / "model.pt", weights_only=True)
+        return found
+
+    def kept(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+        return all(torch.equal(found[key], value) for key, value in expected.items())
+
+    run(tmp_path / "best", first)
+    ssqat(make_network(), bce_dice_loss(), make_loader(), tmp_path / "last", epochs=EPOCHS, **OPTIONS)
+    assert len(seen) == EPOCHS and not kept(seen[0], seen[-1])
+    assert kept(state("best"), seen[0]) and kept(state("last"), seen[-1])
 
 
 @pytest.mark.parametrize("stop_at", [1, 2])
@@ -196,7 +217,6 @@ def test_the_network_that_was_given_is_left_as_it_is(tmp_path: Path) -> None:
         network,
         bce_dice_loss(),
         make_loader(),
-        Validation(),
         tmp_path,
         epochs=1,
         metric="sqnr",

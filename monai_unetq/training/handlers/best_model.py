@@ -24,7 +24,8 @@ __all__ = ["BestModel", "Pack"]
 class BestModel:
     """Keeps the weights with the best validation, and writes them as ``model.pt``.
 
-    The score is the evaluator's key metric, compared with its ``metric_cmp_fn`` (greater is better by default).
+    The score is the evaluator's key metric, compared with its ``metric_cmp_fn`` (greater is better by default). With
+    ``last``, scores are not compared: every validation replaces the one before, so the last epoch's network is left.
     Validations of a quantized network count only while its quantizers are on, so the best is the best
     *quantized* model, however good the float phase was. Every improvement is written by process 0, atomically,
     as the state dict of the network without any wrapper and without supervision heads; it loads with
@@ -39,12 +40,16 @@ class BestModel:
         network: what is trained and validated.
         output_dir: folder for ``model.pt``; made when something is written.
         start_epoch: epochs in float, whose validations do not count for a quantized network.
+        last: keep the last network that was validated instead of the best.
     """
 
-    def __init__(self, network: nn.Module, output_dir: str | Path, start_epoch: int = 0) -> None:
+    def __init__(
+        self, network: nn.Module, output_dir: str | Path, start_epoch: int = 0, last: bool = False
+    ) -> None:
         self.network = network
         self.output_dir = Path(output_dir)
         self.start_epoch = start_epoch
+        self.last = last
         self.score: float | None = None
         self.epoch = 0
         self.weights: dict[str, Tensor] = {}
@@ -71,9 +76,11 @@ class BestModel:
         score = _number(name, engine.state.metrics[name])
         if not math.isfinite(score):
             engine.logger.warning(f"epoch {epoch}: {name} is {score}, which is not compared")
-        elif self.score is None or engine.metric_cmp_fn(score, self.score):
+        elif self.last or self.score is None or engine.metric_cmp_fn(score, self.score):
             self.keep(score, epoch)
-            engine.logger.info(f"best: {name} {score:.4f} in epoch {epoch}, {self.output_dir / 'model.pt'}")
+            engine.logger.info(
+                f"{'last' if self.last else 'best'}: {name} {score:.4f} in epoch {epoch}, {self.output_dir / 'model.pt'}"
+            )
 
     def keep(self, score: float, epoch: int) -> None:
         """Take the network as it is now for the best one."""
@@ -151,7 +158,8 @@ class Pack:
         best.load_state_dict(self.best.weights)
         path = pack(set_quantizers(best, True).eval(), self.best.output_dir / "model.unetq")
         plan_of(best).save(self.best.output_dir / "plan.json")
-        engine.logger.info(f"packed the best model, of epoch {self.best.epoch}: {path}")
+        kind = "last" if self.best.last else "best"
+        engine.logger.info(f"packed the {kind} model, of epoch {self.best.epoch}: {path}")
 
 
 def _number(name: str, value: Any) -> float:

@@ -95,6 +95,23 @@ def test_comparison(
     assert run.best.epoch == best
 
 
+def test_the_last_is_kept_on_request(
+    training: Callable[..., Any],
+    network: Callable[..., nn.Module],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    net = network()
+    scripted = Scripted([0.5, 0.9, 0.4, 0.3], net)
+    run = training(tmp_path, net, start_epoch=1, validation_handlers=[scripted])
+    run.best.last = True
+    run.trainer.logger.setLevel(logging.INFO)
+    run.run()
+    assert (run.best.epoch, run.best.score) == (4, 0.3)
+    assert same(read(tmp_path / "model.pt"), scripted.states[3])
+    assert f"packed the last model, of epoch 4: {tmp_path / 'model.unetq'}" in caplog.text
+
+
 def test_quantizers_that_are_off_are_seen_whatever_the_start_epoch_says(
     training: Callable[..., Any], tmp_path: Path
 ) -> None:
