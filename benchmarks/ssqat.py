@@ -3,8 +3,9 @@
 Every row begins with the same float network, that of ``unetq reproduce``, and is trained for the same steps on the same
 crops: float on (the control), uniform widths, split with mixed widths, each with and without supervised skips, each with
 the float network as a teacher, Brevitas and NVIDIA modelopt. The last step's network is what is tested, so nothing is
-chosen on the test cases; what is to be chosen is compared with --candidates. One row is ``recipe.ssqat`` as it is shipped:
-power-of-two scales, the epoch that is best on the validation cases, packed. Everything is kept in --out and not done twice.
+chosen on the test cases; what is to be chosen is compared with --candidates. Two rows are ``recipe.ssqat`` as it is shipped:
+power-of-two scales, packed; with the last epoch (the default), and with the one that is best on the validation cases.
+Everything is kept in --out and not done twice.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ from monai_unetq.metrics import summarize
 from monai_unetq.recipe import ssqat, ssqat_plan, versions
 from monai_unetq.reproduction.pages import interval, write_page
 from monai_unetq.reproduction.run import PRESETS, Comparison, alone, prediction_file, read_mask, score
+from monai_unetq.surgery import reestimate_norms, settle_norms
 from monai_unetq.surgery.workload import workload
-from monai_unetq.training import SkipSupervisionLoss, freeze_norms, parameter_groups, reestimate_norms
+from monai_unetq.training import SkipSupervisionLoss, freeze_norms, parameter_groups
 from monai_unetq.training.handlers.seeding import epoch_seed, seed_everything
 from monai_unetq.training.supervision import supervision_weight
 
@@ -86,10 +88,10 @@ PARTS = {
     "+ all": Parts(mixed=True, supervised=True, distilled=True, equalized=True),
 }
 
-SHIPPED = "as shipped"
-"""``recipe.ssqat``, packed and read again."""
+SHIPPED, BEST_EPOCH = "as shipped", "as shipped, best epoch"
+"""``recipe.ssqat``, packed and read again; the latter with ``validate``."""
 
-ROWS = (*PARTS, SHIPPED, *PEERS, EQUALIZED_PEER)
+ROWS = (*PARTS, SHIPPED, BEST_EPOCH, *PEERS, EQUALIZED_PEER)
 LEARNING_RATE = 3e-4
 COARSE_LEARNING_RATE = 1e-3
 """Ours, the latter with 2-bit activations: each the better of the two in the pilot on validation cases."""
@@ -193,7 +195,7 @@ def bits_of(widths: str) -> tuple[int, int]:
 
 def learning_rate(kind: str, row: str, widths: str) -> float:
     """Of a row on the test cases."""
-    if row in (SHIPPED, EQUALIZED_PEER) or (row in PARTS and PARTS[row].equalized):
+    if row in (SHIPPED, BEST_EPOCH, EQUALIZED_PEER) or (row in PARTS and PARTS[row].equalized):
         return EQUALIZED_LEARNING_RATES[kind]
     if row not in PARTS:
         return PEERS.get(row, CONTROL_LEARNING_RATE)
@@ -245,7 +247,8 @@ def ours(study: Study, row: str, widths: str, batches: Sequence[Any], loss: Any,
 
 
 def shipped(
-    study: Study, widths: str, seed: int, rate: float, loader: Any, loss: Any, batches: Sequence[Any], folder: Path
+    study: Study, row: str, widths: str, seed: int, rate: float, loader: Any, loss: Any, batches: Sequence[Any],
+    folder: Path,
 ) -> nn.Module:  # fmt: skip
     """The packed network of ``recipe.ssqat`` with its own defaults, under the mean widths of the uniform plan."""
     network = study.network()
@@ -259,8 +262,9 @@ def shipped(
         )
 
     packed = ssqat(
-        network, loss, loader, validate, folder / "recipe", epochs=study.epochs, learning_rate=rate, calibration=batches,
-        budget=budget_of(network, uniform_plan(network, widths, "power-of-two"), image), seed=seed,
+        network, loss, loader, folder / "recipe", epochs=study.epochs, learning_rate=rate, calibration=batches, seed=seed,
+        validate=validate if row == BEST_EPOCH else None,
+        budget=budget_of(network, uniform_plan(network, widths, "power-of-two"), image),
     )  # fmt: skip
     return uq.unpack(packed, network)
 
@@ -391,8 +395,8 @@ def run(study: Study, row: str, widths: str, seed: int, candidate: float | None 
             elif row in PARTS:
                 network = ours(study, row, widths, batches, loss, study.out / study.kind / widths)
         rate = learning_rate(study.kind, row, widths) if candidate is None else candidate
-        if row == SHIPPED:
-            network = shipped(study, widths, seed, rate, loader, loss, batches, folder)
+        if row in (SHIPPED, BEST_EPOCH):
+            network = shipped(study, row, widths, seed, rate, loader, loss, batches, folder)
             result |= {"learning_rate": rate, "steps": study.epochs * len(loader)}
         elif row != FLOAT:
             mine = row in PARTS
@@ -403,12 +407,12 @@ def run(study: Study, row: str, widths: str, seed: int, candidate: float | None 
             )
             result["learning_rate"] = rate
             if mine:
-                reestimate_norms(network, batches)
+                settle_norms(network, batches)
             result |= train(network, loader, loss, batches, study.epochs, seed, groups)
             if not mine:
                 reestimate_norms(network, batches)
         uq.strip(network.eval())
-        if row in PARTS or row == SHIPPED:
+        if row in (*PARTS, SHIPPED, BEST_EPOCH):
             work = workload(network, torch.zeros(1, 1, 200, 200))
             cost = layer_costs(work.units, uq.plan_of(network), work.other_parameters)
             result |= {"weight_bytes": cost.weight_bytes, "bops": cost.bops}
@@ -541,7 +545,7 @@ def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
             "", f"Width {document['width']}, {document['float_steps']} float steps, then {document['steps']} steps for every "
             f"row, batch {document['batch_size']}, crops {'×'.join(map(str, document['patch_size']))}, {document['scale']} "
             f"scales, bits allocated by {document['metric']}; the last step's network is tested. `{SHIPPED}`: power-of-two scales, "
-            "the network of the epoch that is best on the validation cases, from its packed file.",
+            f"from the packed file; `{BEST_EPOCH}`: of the epoch that is best on the validation cases.",
         ]  # fmt: skip
         lines += candidates_table(document) + parts_table(document)
     return "\n".join([*lines, ""])
@@ -605,7 +609,7 @@ def beside_the_peers(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
             "", f"Boundary Dice is ahead of the peer's that has the best: {'; '.join(leads)}. Of the peer's loss of Dice: that of "
             "what is shipped / of everything / of `+ equalization`, over the peer's, where it loses more than 1.",
         ]  # fmt: skip
-    pairs = [(EVERYTHING, EQUALIZED), (SHIPPED, EVERYTHING), (SHIPPED, EQUALIZED)]
+    pairs = [(EVERYTHING, EQUALIZED), (SHIPPED, EVERYTHING), (SHIPPED, EQUALIZED), (BEST_EPOCH, SHIPPED)]
     beside = [text for row, other in pairs if (text := row_beside_row(documents, row, other))]
     return lines + (["", f"On average, in the folds that both have: {'; '.join(beside)}."] if beside else [])
 

@@ -39,12 +39,12 @@ from ..surgery import (
     inference_state,
     plan_of,
     quantize,
+    settle_norms,
     split,
     strip,
 )
-from ..training import SkipSupervisionLoss, cosine, freeze_norms, parameter_groups, reestimate_norms
+from ..training import SkipSupervisionLoss, cosine, freeze_norms, parameter_groups
 from ..training.handlers.seeding import isolated_randomness
-from ..training.norms import norms_stand_still
 from ..training.supervision import supervision_weight
 from .network import (
     example_image,
@@ -63,9 +63,6 @@ FLOAT, QUANTIZED = "float", "quantized"
 
 RECORD = "monai_unetq"
 """The key in nnU-Net's checkpoint of what resuming needs beyond the network's weights."""
-
-FREEZE_NORMS_AT = 0.7
-"""Share of the quantized epochs after which batch norms keep their statistics."""
 
 SEED = 0
 
@@ -295,6 +292,8 @@ class _QuantizingTrainer(nnUNetTrainer):
             plan = QuantPlan.from_json(from_first(self._plan(network, batches).to_json))
             quantize(network, plan, self._example())
             calibrate(network, batches)
+            if _has_batch_norms(network):
+                settle_norms(network, batches)
         self._train_quantized(network, weights)
         self._best_ema = None  # or checkpoint_best stays the float network
         if writes:
@@ -343,7 +342,7 @@ class _QuantizingTrainer(nnUNetTrainer):
             devices = [self.local_rank] if self.device.type == "cuda" else None
             # Without batch norms nothing in the buffers changes, and a process without a validation case may miss a
             # broadcast.
-            norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
+            norms = _has_batch_norms(network)
             wrapped = DistributedDataParallel(wrapped, device_ids=devices, broadcast_buffers=norms)
         self.network = wrapped
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
@@ -366,24 +365,13 @@ class _QuantizingTrainer(nnUNetTrainer):
         return optimizer, _EpochSchedule(optimizer, cosine(self.request.epochs), self.float_epochs)
 
     def on_train_epoch_start(self) -> None:
-        """nnU-Net's; λ falls, and batch norms are estimated anew and stand still in the last part."""
+        """nnU-Net's; λ falls, and batch norms stand still."""
         if self.phase == QUANTIZED:
             done = self.current_epoch - self.float_epochs
             epochs = self.request.epochs
             self.loss.weight = self.request.supervision * supervision_weight(done / epochs)
-            if norms_stand_still(done + 1, epochs, FREEZE_NORMS_AT) and not norms_stand_still(
-                done, epochs, FREEZE_NORMS_AT
-            ):
-                self._reestimate()
-            freeze_norms(self.core, done + 1, epochs, FREEZE_NORMS_AT)
+            freeze_norms(self.core, done + 1, epochs, share=0)  # what is trained is the folded network
         super().on_train_epoch_start()
-
-    def _reestimate(self) -> None:
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.core.modules()):
-            reestimate_norms(self.core, self._batches())
-            self.print_to_log_file(
-                "monai-unetq: batch norm statistics estimated anew; they stand still from now on"
-            )
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         """nnU-Net's; the moving average of the pseudo Dice begins anew with the quantized network."""
@@ -582,6 +570,10 @@ def _digest(batches: list[dict[str, Any]]) -> str:
     for batch in batches:
         digest.update(batch["image"].cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def _has_batch_norms(network: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
 
 
 def _check_supported(network: nn.Module) -> None:

@@ -241,8 +241,8 @@ def ssqat(
 ) -> Path:
     """The whole recipe in one call: trained float network in, packed quantized network out.
 
-    Equalize → split → sensitivity → allocation → calibration → SS-QAT with learned step sizes → batch norms estimated anew and
-    frozen → strip → fold → packed. Everything is kept in ``out``: called again, it goes on where it was, and ends with
+    Equalize → split → sensitivity → allocation → calibration → batch norms estimated anew and frozen → SS-QAT with learned
+    step sizes → strip → fold → packed. Everything is kept in ``out``: called again, it goes on where it was, and ends with
     the same weights, bit for bit on a CPU.
 
     Args:
@@ -315,7 +315,7 @@ def ssqat(
     )  # fmt: skip
     trainer.logger = logger.getChild("trainer")  # ignite's own is that of all trainers of this class
     trainer.logger.setLevel(logging.WARNING)
-    handler = Calibration(work, batches, epochs, reestimate=True)
+    handler = Calibration(work, batches, epochs, freeze_norms_at=0.0)
     objects = {
         "network": work, "optimizer": optimizer, "lr_scheduler": scheduler, "best": best, "calibration": handler,
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from .calibrate import calibrate
 from .equalize import equalize
 from .fold import fold
+from .norms import reestimate_norms, settle_norms
 from .observe import Trace, observe
 from .quantize import dequantize, plan_of, plan_of_state, quantize, quantized_layers, set_quantizers
 from .skips import SkipConvolution, Skips, find_skips
@@ -28,7 +29,9 @@ __all__ = [
     "plan_of_state",
     "quantize",
     "quantized_layers",
+    "reestimate_norms",
     "set_quantizers",
+    "settle_norms",
     "split",
     "strip",
     "tie",

@@ -1,6 +1,6 @@
 """Losses, schedules, calibration, batch norm statistics, handlers, the training loop for float and quantized networks, and prediction."""
 
-from ..surgery import calibrate
+from ..surgery import calibrate, reestimate_norms, settle_norms
 from .handlers import (
     BestModel,
     Calibration,
@@ -14,7 +14,7 @@ from .handlers import (
     TernaryAnnealing,
 )
 from .losses import bce_dice_loss, soft_dice_loss
-from .norms import freeze_norms, reestimate_norms
+from .norms import freeze_norms
 from .parameters import parameter_groups
 from .predict import WholeSliceInferer, predict, predict_logits
 from .schedules import cosine, restart, step_decay
@@ -45,6 +45,7 @@ __all__ = [
     "predict_logits",
     "reestimate_norms",
     "restart",
+    "settle_norms",
     "soft_dice_loss",
     "step_decay",
     "train",

@@ -190,6 +190,7 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
         "+ teacher",
         "+ all",
         "as shipped",
+        "as shipped, best epoch",
         "Brevitas",
         "Brevitas, equalized",
     ]
@@ -217,14 +218,16 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
     assert set(ours["dice"]) == set(ours["membrane_dice"]) and set(ours["nsd"]) == set(ours["hd95"])
     packed = tmp_path / "out" / "em" / "W3A4" / "all" / "fold0-seed0" / "model.unetq"
     assert uq.inspect_packed(packed)["plan"]["layers"]["decoder.0.conv1"]["parts"] == [["skip", 8], ["up", 8]]
-    (recipe,) = (row for row in document["rows"] if row["row"] == "as shipped")
-    assert (
-        recipe["steps"] == 4
-        and recipe["weight_bytes"] <= ours["weight_bytes"]
-        and recipe["learning_rate"] == 1e-3
-    )
-    shipped = tmp_path / "out" / "em" / "W3A4" / "as-shipped" / "fold0-seed0" / "recipe" / "model.unetq"
-    plan = uq.inspect_packed(shipped)["plan"]
+    for name, chosen in (("as shipped", False), ("as shipped, best epoch", True)):
+        (recipe,) = (row for row in document["rows"] if row["row"] == name)
+        assert (
+            recipe["steps"] == 4
+            and recipe["weight_bytes"] <= ours["weight_bytes"]
+            and recipe["learning_rate"] == 1e-3
+        )
+        folder = tmp_path / "out" / "em" / "W3A4" / study._slug(name) / "fold0-seed0" / "recipe"
+        assert json.loads((folder / "stage.json").read_text())["validated"] == chosen
+    plan = uq.inspect_packed(folder / "model.unetq")["plan"]
     assert plan["layers"]["decoder.0.conv1"]["parts"] == [["skip", 8], ["up", 8]]
     assert uq.QuantPlan.from_json(plan).scale == "power-of-two"
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("score.json")}

@@ -16,8 +16,8 @@ from torch import nn
 from ...layers import QUANTIZED_LAYERS, QuantizedLayer
 from ...parts import WHOLE
 from ...quantizers import Quantizer, RangeMethod
-from ...surgery import calibrate, plan_of, quantized_layers, set_quantizers
-from ..norms import freeze_norms, norms_stand_still, reestimate_norms
+from ...surgery import calibrate, plan_of, quantized_layers, set_quantizers, settle_norms
+from ..norms import freeze_norms
 from .processes import broadcast_state, rank, unwrapped
 from .seeding import isolated_randomness
 
@@ -45,7 +45,7 @@ class Calibration:
 
     The network is quantized from the beginning, so its structure, its state and the optimizer's never change; its
     quantizers are off until ``start_epoch`` epochs are done. Then they are switched on, ``calibrate`` and
-    ``reestimate_norms`` fit the network, and in the last epochs its paired batch norms keep their statistics.
+    ``settle_norms`` fit the network, and in the last epochs its paired batch norms keep their statistics.
     The optimizer's moments of the float phase stay. A training that is resumed after that point is not
     calibrated again. A network without quantizers is left alone.
 
@@ -60,9 +60,7 @@ class Calibration:
         start_epoch: epochs in float, less than ``epochs``; 0 calibrates before the first.
         method: see ``calibrate``.
         freeze_norms_at: share of the quantized epochs after which the paired batch norms' statistics stand
-            still; 1 for never.
-        reestimate: where they begin to stand still, they are first estimated anew from the batches, of the network
-            that has been trained until then.
+            still; 0 for from the first one on, 1 for never.
 
     Raises:
         ValueError: for an argument out of its range, or batches that can be gone through only once.
@@ -76,7 +74,6 @@ class Calibration:
         start_epoch: int = 0,
         method: RangeMethod = "mse",
         freeze_norms_at: float = 0.7,
-        reestimate: bool = False,
     ) -> None:
         if epochs < 1:
             raise ValueError(f"Calibration: epochs is {epochs}, expected 1 or more")
@@ -97,7 +94,6 @@ class Calibration:
         self.start_epoch = start_epoch
         self.method: RangeMethod = method
         self.freeze_norms_at = freeze_norms_at
-        self.reestimate = reestimate
 
     def state_dict(self) -> dict[str, int]:
         """For a checkpoint: when rounding begins, which a training that is resumed has to keep."""
@@ -150,24 +146,11 @@ class Calibration:
         set_quantizers(network, epoch > self.start_epoch)
         if epoch == self.start_epoch + 1:
             with isolated_randomness(_CALIBRATION_SEED, self.batches):
-                calibrate(network, self.batches, self.method)
-            self._reestimate(network)
+                settle_norms(calibrate(network, self.batches, self.method), self.batches, self.method)
+            broadcast_state(network)
             engine.logger.info(f"quantized training begins with epoch {epoch}: calibrated ({self.method})")
             engine.fire_event(CalibrationEvents.CALIBRATED)
-        elif self.reestimate and self._stands(epoch) and not self._stands(epoch - 1):
-            self._reestimate(network)
-            engine.logger.info(
-                f"epoch {epoch}: batch norm statistics are estimated anew and stand still from now on"
-            )
         self._freeze(network, epoch)
-
-    def _reestimate(self, network: nn.Module) -> None:
-        with isolated_randomness(_CALIBRATION_SEED, self.batches):
-            reestimate_norms(network, self.batches)
-        broadcast_state(network)
-
-    def _stands(self, epoch: int) -> bool:
-        return norms_stand_still(epoch, self.epochs, self.freeze_norms_at, self.start_epoch)
 
     def _freeze(self, network: nn.Module, epoch: int) -> None:
         freeze_norms(network, epoch, self.epochs, self.freeze_norms_at, self.start_epoch)

@@ -30,7 +30,7 @@ from monai_unetq.training import (
     PlanLog,
     QuantizationStats,
     calibrate,
-    reestimate_norms,
+    settle_norms,
 )
 from monai_unetq.training.handlers import CalibrationEvents
 from monai_unetq.training.handlers import quantization as module
@@ -77,13 +77,11 @@ def test_quantizers_go_on_after_the_float_phase_and_are_calibrated_once(
 
 
 @pytest.mark.parametrize("method", ["mse", "minmax"])
-def test_it_does_what_calibrate_and_reestimate_norms_do(
-    method: Any, network: Callable[..., nn.Module]
-) -> None:
+def test_it_does_what_calibrate_and_settle_norms_do(method: Any, network: Callable[..., nn.Module]) -> None:
     net = network()
     expected = calibrate(copy.deepcopy(net), BATCHES, method)
     scales_only = state_of(expected)
-    reestimate_norms(expected, BATCHES)
+    settle_norms(expected, BATCHES, method)
     engine_at(0, 1, Calibration(net, BATCHES, 1, method=method)).run([0], max_epochs=1)
     assert same(state_of(net), state_of(expected))
     assert not same(state_of(net), scales_only)
@@ -125,62 +123,6 @@ def test_norms_stand_still_in_the_last_part_of_the_quantized_epochs(
     assert seen == [{value} for value in frozen]
     # The statistics of the calibration batches reached the norms in any case.
     assert all(norm.num_batches_tracked == len(BATCHES) for norm in norms)
-
-
-def shift_norms(network: nn.Module) -> None:
-    """As if the network had been trained for an epoch: other weights, and statistics that follow them badly."""
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.mul_(1.1)
-        for norm in network.modules():
-            if isinstance(norm, PairedNorm):
-                norm.running_mean.add_(0.5)  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize(
-    ("options", "anew"),
-    [
-        ({"freeze_norms_at": 0.5, "reestimate": True}, [1, 3]),
-        ({"freeze_norms_at": 0.5, "reestimate": False}, [1]),
-        ({"freeze_norms_at": 1.0, "reestimate": True}, [1]),
-        ({"freeze_norms_at": 0.0, "reestimate": True}, [1]),
-        ({"freeze_norms_at": 0.5, "reestimate": True, "start_epoch": 2}, [3, 4]),
-    ],
-)
-def test_norms_are_estimated_anew_when_they_begin_to_stand_still(
-    options: dict[str, Any],
-    anew: list[int],
-    network: Callable[..., nn.Module],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    net, found = network(), []
-    engine = engine_at(0, 4, Calibration(net, BATCHES, 4, **options))
-
-    def estimate(seen: nn.Module, batches: Any) -> nn.Module:
-        assert seen is net
-        found.append(engine.state.epoch)
-        return reestimate_norms(seen, batches)
-
-    monkeypatch.setattr(module, "reestimate_norms", estimate)
-    engine.logger.setLevel(logging.INFO)
-    engine.run([0], max_epochs=4)
-    assert found == anew
-    assert ("estimated anew and stand still from now on" in caplog.text) == (len(anew) > 1)
-
-
-@pytest.mark.parametrize("stop", [2, 3])
-def test_a_resumed_training_estimates_its_norms_as_if_it_had_not_stopped(
-    stop: int, network: Callable[..., nn.Module]
-) -> None:
-    def run(net: nn.Module, begin: int, end: int) -> dict[str, Tensor]:
-        handler = Calibration(net, BATCHES, 4, freeze_norms_at=0.5, reestimate=True)
-        engine_at(begin, 4, handler, step=lambda *_: shift_norms(net)).run([0], max_epochs=end)
-        return state_of(net)
-
-    whole, first, second = network(), network(), network()
-    second.load_state_dict(run(first, 0, stop))
-    assert same(run(whole, 0, 4), run(second, stop, 4))
 
 
 @pytest.mark.parametrize("first", [True, False])
