@@ -666,7 +666,7 @@ def ablation_table(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def bounds_table(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Upper bounds of what is lost at 4-bit activations, beside the limits that are asked for."""
-    rows = (CONTROL, UNIFORM, EQUALIZED, EVERYTHING, SHIPPED)
+    rows = (CONTROL, UNIFORM, EQUALIZED, EVERYTHING, SHIPPED, BEST_EPOCH)
     lines = [
         "", "Drop from float, upper 95 % bound (two-sided interval, over test units and trainings; none of a single number):", "",
         f"| | at most | {' | '.join(rows)} |", "|---|---:|" + "---:|" * len(rows),

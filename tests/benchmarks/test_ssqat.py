@@ -135,7 +135,7 @@ def test_bounds_of_the_drop(study: ModuleType) -> None:
     ]
     # Drops of 1 and 0: mean 0.5, standard error 0.5, and t = 12.706 with one degree of freedom.
     assert study.bounds_table({"gm": {"rows": rows}})[5:] == [
-        "| GM, W3A4, Dice | 0.5 |  |  | +6.85 (2 in 2 folds) |  |  |"
+        "| GM, W3A4, Dice | 0.5 |  |  | +6.85 (2 in 2 folds) |  |  |  |"
     ]
 
 
