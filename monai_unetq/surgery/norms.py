@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layers import QuantizedLayer
 from ..quantizers import RangeMethod
 from .calibrate import image_of
 from .observe import evaluating
@@ -61,9 +62,9 @@ def reestimate_norms(network: nn.Module, batches: Iterable[Any]) -> nn.Module:
 def settle_norms(network: nn.Module, batches: Iterable[Any], method: RangeMethod = "mse") -> nn.Module:
     """``reestimate_norms`` of a calibrated network until statistics and folded weights fit each other, in place.
 
-    Where a power-of-two grid must hold the folded weight w·γ/σ, what rounding leaves of the weight depends on σ, and σ on
-    what rounding leaves of the weight, there and in all layers before: with 2 bits σ falls by a third, and the folded
-    weights outgrow the scales that they were calibrated with, so that much of them is cut off and gets no gradient. So
+    Where a grid must hold the folded weight w·γ/σ (of powers of two, or one for all channels), what rounding leaves of the
+    weight depends on σ, and σ on what rounding leaves of the weight, there and in all layers before: at few bits σ falls,
+    and the folded weights outgrow the scales that they were calibrated with; what is cut off gets no gradient. So
     statistics are estimated and the weights calibrated in turns, three times, and statistics twice at the end. Scales that
     take γ/σ into themselves (free ones, per channel) do not depend on it: there once is enough.
 
@@ -78,17 +79,22 @@ def settle_norms(network: nn.Module, batches: Iterable[Any], method: RangeMethod
     Raises:
         ValueError: if there is no batch.
     """
-    folded = [
-        layer
-        for layer in quantized_layers(network).values()
-        if layer.paired_norm is not None and all(quantizer.power_of_two for quantizer in layer.quantizers)
-    ]
+    folded = [layer for layer in quantized_layers(network).values() if _rounds_folded(layer)]
     if not folded:
         return reestimate_norms(network, batches)
     for _ in range(ROUNDS):
         reestimate_norms(network, batches)
         for layer in folded:
             layer.calibrate_weight(method)
-            tie_layer(layer)
+            if all(quantizer.power_of_two for quantizer in layer.quantizers):
+                tie_layer(layer)
     reestimate_norms(network, batches)
     return reestimate_norms(network, batches)  # later layers saw the first ones' statistics of before
+
+
+def _rounds_folded(layer: QuantizedLayer) -> bool:
+    """Whether a weight's grid holds the folded weight, see ``QuantizedLayer.norm_factors``."""
+    norm = layer.paired_norm
+    return norm is not None and any(
+        layer.norm_factors(norm, quantizer)[1] is None for quantizer in layer.weight_quantizers.values()
+    )
