@@ -6,10 +6,12 @@ OUT ?= unetq-demo
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Of 20,000 modules most are never imported; Python compiles those that are, when they are.
+INSTALL := $(PIP) install --no-compile --editable
 SOURCES := monai_unetq tests $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint style clean
 .DELETE_ON_ERROR:
 
 help:
@@ -26,13 +28,18 @@ demo: $(VENV)/.installed-report
 
 # Files in their order: sorted by their number of tests, the few long ones would come last, on one process. A process that
 # dies ends the run: replaced by another, it can leave pytest-xdist waiting for ever.
-test: lint
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+# mypy takes a minute on one core: it runs beside them, and its report comes before pytest's summary.
+test: style
+	@$(BIN)/mypy $(SOURCES) & types=$$!; \
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0; tests=$$?; \
+	wait $$types && exit $$tests
 
-lint: $(VENV)/.installed-test
+lint: style
+	@$(BIN)/mypy $(SOURCES)
+
+style: $(VENV)/.installed-test
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
-	@$(BIN)/mypy $(SOURCES)
 
 clean:
 	rm -rf build dist monai_unetq.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -46,10 +53,10 @@ $(BIN)/python:
 # Stamps: installed again when the metadata change. The test environment holds the demo's.
 $(VENV)/.installed-report: setup.cfg pyproject.toml | $(BIN)/python
 	@echo "installing monai-unetq[report] into $(VENV); torch makes this take minutes the first time"
-	@$(PIP) install --editable '.[report]'
+	@$(INSTALL) '.[report]'
 	@touch $@
 
 $(VENV)/.installed-test: setup.cfg pyproject.toml | $(BIN)/python
 	@echo "installing monai-unetq[report,test] into $(VENV); torch makes this take minutes the first time"
-	@$(PIP) install --editable '.[report,test]'
+	@$(INSTALL) '.[report,test]'
 	@touch $@ $(VENV)/.installed-report

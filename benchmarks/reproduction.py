@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from monai_unetq.files import write_json
@@ -21,7 +22,7 @@ from monai_unetq.reproduction.pages import between
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Parse arguments; copy the documents, rewrite the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--study", type=Path, metavar="DIR", required=True, help="--out of unetq reproduce")
     parser.add_argument("--preset", choices=("quick", "cpu", "paper"), default="cpu")
     parser.add_argument("--out", type=Path, metavar="DIR", default=RESULTS, help="folder of reproduction.md")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     page = options.out / "reproduction.md"
     text = page.read_text(encoding="utf-8")
     documents = {}

@@ -4,35 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from types import ModuleType
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "docs" / "results"
+import pytest
 
+from tests.benchmarks.scripts import load
 
-def run(study: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "reproduction.py"),
-        "--study",
-        str(study),
-        "--out",
-        str(out),
-    ]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
-def test_the_page_in_the_repository_is_what_its_json_gives(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """The script as a module."""
+    return load("reproduction")
+
+
+def test_the_page_in_the_repository_is_what_its_json_gives(script: ModuleType, tmp_path: Path) -> None:
     study, out = tmp_path / "study", tmp_path / "out"
     out.mkdir()
     shutil.copy(RESULTS / "reproduction.md", out)
     for kind in ("em", "gm", "nih"):
         (study / kind / "cpu").mkdir(parents=True)
         shutil.copy(RESULTS / f"reproduction-{kind}.json", study / kind / "cpu" / "results.json")
-    done = run(study, out)
-    assert done.returncode == 0, done.stderr
+    script.main(["--study", str(study), "--out", str(out)])
     assert (out / "reproduction.md").read_text() == (RESULTS / "reproduction.md").read_text()
     for kind in ("em", "gm", "nih"):
         name = f"reproduction-{kind}.json"
@@ -40,18 +35,17 @@ def test_the_page_in_the_repository_is_what_its_json_gives(tmp_path: Path) -> No
 
 
 def test_a_data_set_without_results_keeps_its_table_and_a_page_without_marks_is_refused(
-    tmp_path: Path,
+    script: ModuleType, tmp_path: Path
 ) -> None:
     study, out = tmp_path / "study", tmp_path / "out"
     out.mkdir()
     page = out / "reproduction.md"
     page.write_text("no marks\n")
-    assert run(study, out).returncode == 0
+    script.main(["--study", str(study), "--out", str(out)])
     assert page.read_text() == "no marks\n"
     (study / "nih" / "cpu").mkdir(parents=True)
     shutil.copy(RESULTS / "reproduction-nih.json", study / "nih" / "cpu" / "results.json")
-    refused = run(study, out)
-    assert refused.returncode != 0
-    assert "nih: made by benchmarks/reproduction.py" in refused.stderr
+    with pytest.raises(ValueError, match=r"nih: made by benchmarks/reproduction\.py"):
+        script.main(["--study", str(study), "--out", str(out)])
     assert page.read_text() == "no marks\n"
     assert not (out / "reproduction-nih.json").exists()

@@ -313,6 +313,16 @@ def test_export_to_torchscript_and_onnx_keeps_the_outputs(
     np.testing.assert_allclose(found, expected.numpy(), atol=2e-3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_bundles_share_one_configuration_of_several_processes(kind: Kind) -> None:
+    first, other = (
+        (ROOT / "bundles" / f"{k}_unet" / "configs" / "multi_gpu_train.yaml").read_text()
+        for k in (KINDS[0], kind)
+    )
+    assert first == other
+
+
+@pytest.mark.parametrize("prepared", ["gm"], indirect=True)
 def test_two_processes_train_one_network(prepared: Prepared) -> None:
     out = prepared.work / "parallel"
     keys = {**prepared.keys(output_dir=out, epochs=2, float_epochs=1), **SMALL}
