@@ -228,7 +228,7 @@ def ssqat(
     *,
     epochs: int,
     validate: Callable[[nn.Module], float] | None = None,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-4,
     supervision: float = 0.1,
     distillation: float = 1.0,
     equalized: bool = True,
