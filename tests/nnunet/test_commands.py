@@ -161,7 +161,7 @@ def test_an_exported_model_is_installed_and_its_folds_are_ensembled(
     _images(base, trained, 0, tmp_path / "in")
     done = command(
         base, "nnUNetv2_predict", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-d", "901", "-c", "2d",
-        "-f", "0", "1", *SSQAT, "-device", "cpu", "-npp", "1", "-nps", "1", "--save_probabilities", **other,
+        "-f", "0", "1", *SSQAT, "-device", "cpu", "-npp", "0", "-nps", "0", "--save_probabilities", **other,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     plans = [
