@@ -6,7 +6,8 @@ OUT ?= unetq-demo
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-# Of 20,000 modules most are never imported; Python compiles those that are, when they are.
+# Of 20,000 modules most are never imported; Python compiles those that are, when they are, and keeps them.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(PIP) install --no-compile --editable
 SOURCES := monai_unetq tests $(wildcard benchmarks)
 

@@ -223,7 +223,7 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
         assert (
             recipe["steps"] == 4
             and recipe["weight_bytes"] <= ours["weight_bytes"]
-            and recipe["learning_rate"] == 1e-3
+            and recipe["learning_rate"] == 3e-4
         )
         folder = tmp_path / "out" / "em" / "W3A4" / study._slug(name) / "fold0-seed0" / "recipe"
         assert json.loads((folder / "stage.json").read_text())["validated"] == chosen
