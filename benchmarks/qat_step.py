@@ -30,7 +30,13 @@ from tqdm import tqdm
 
 import monai_unetq as uq
 from monai_unetq.datasets import membrane_phantom
-from monai_unetq.training import SkipSupervisionLoss, bce_dice_loss, freeze_norms, reestimate_norms
+from monai_unetq.training import (
+    SkipSupervisionLoss,
+    bce_dice_loss,
+    freeze_norms,
+    reestimate_norms,
+    settle_norms,
+)
 
 EXAMPLES = """\
 examples:
@@ -81,7 +87,7 @@ def ssqat_network(network: nn.Module, images: Tensor) -> nn.Module:
     """This package's SS-QAT: split convolutions, learned scales, a supervised head on every skip, batch norms standing still."""
     uq.split(network, images[:1])
     network = unetq_network(network, images, "int8", "int8", learned=True)
-    freeze_norms(network, epoch=1, epochs=1, share=0)
+    freeze_norms(settle_norms(network, [images]), epoch=1, epochs=1, share=0)
     return uq.attach_supervision(network, images[:1])
 
 
