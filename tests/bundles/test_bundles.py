@@ -39,7 +39,9 @@ from tests.datasets.official import write_gm2016, write_isbi, write_tcia
 ROOT = Path(__file__).resolve().parents[2]
 Kind = Literal["em", "gm", "nih"]
 KINDS = get_args(Kind)
-SMALL: dict[str, Any] = {"width": 2, "steps_per_epoch": 2, "batch_size": 2, "patch_size": [32, 32]}
+SMALL: dict[str, Any] = {
+    "width": 2, "steps_per_epoch": 2, "batch_size": 2, "patch_size": [32, 32], "train#calibration#sampler#num_samples": 8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

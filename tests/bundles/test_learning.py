@@ -43,6 +43,7 @@ def test_float_and_fixed_point_beat_every_constant_answer_by_ten(kind: Kind, tmp
         "width": 8,
     }
     training = {**common, "patch_size": [64, 64], "steps_per_epoch": 20, **SETTINGS[kind]}
+    training["train#calibration#sampler#num_samples"] = 16
     configs = bundle / "configs"
     run(config_file=str(configs / "train.yaml"), output_dir=str(tmp_path / "float"), **training)
     run(

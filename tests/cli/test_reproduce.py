@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from monai_unetq.cli import main
 from monai_unetq.datasets import write_phantom
+from monai_unetq.reproduction import Settings
 
 
 @pytest.mark.parametrize("part", ["0/3", "4/3", "1", "1/0", "a/b", "1/2/3", "-1/2"])
@@ -46,19 +45,33 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--part 3/26" in text
 
 
-def test_two_parts_of_a_phantoms_comparison_merge(tmp_path: Path) -> None:
+def test_two_parts_of_a_phantoms_comparison_merge(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = Settings(width=2, float_epochs=1, epochs=1, steps_per_epoch=2, batch_size=2, patch_size=(32, 32))
+    monkeypatch.setattr("monai_unetq.reproduction.PRESETS", {"quick": {"em": tiny}})
     dataset = write_phantom("em", tmp_path / "raw", size=64)
     out = tmp_path / "study"
-    base = [sys.executable, "-m", "monai_unetq.cli", "reproduce", "em", "--data", str(dataset)]
-    base += ["--out", str(out), "--preset", "quick", "--rows", "BNN"]
+    words = [
+        "reproduce",
+        "em",
+        "--data",
+        str(dataset),
+        "--out",
+        str(out),
+        "--preset",
+        "quick",
+        "--rows",
+        "BNN",
+    ]
     for part, columns in ((1, {"relu"}), (2, {"relu", "tanh"})):
-        done = subprocess.run([*base, "--part", f"{part}/2"], text=True, capture_output=True, check=False)
-        assert done.returncode == 0, done.stderr
+        assert main([*words, "--part", f"{part}/2"]) == 0
+        printed = capsys.readouterr()
         document = json.loads((out / "em" / "quick" / "results.json").read_text())
         assert {row["name"] for row in document["rows"]} == {"BNN"}
         assert {row["activation"] for row in document["rows"]} == columns
-        assert "rows" in done.stderr  # progress
-        assert "all rows done" in done.stderr + done.stdout
-        assert "78.53" in done.stdout  # the paper's BNN
+        assert "rows" in printed.err  # progress
+        assert "all rows done" in printed.err + printed.out
+        assert "78.53" in printed.out  # the paper's BNN
     assert all(row["status"] == "done" for row in document["rows"])
     assert (out / "em" / "quick" / "comparison-relu.png").exists()

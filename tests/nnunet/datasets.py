@@ -1,4 +1,4 @@
-"""Two small data sets in nnU-Net's layout, preprocessed by nnU-Net's own command, with networks of a few channels.
+"""Two small data sets in nnU-Net's layout, planned and preprocessed by nnU-Net, with networks of a few channels.
 
 ``FLAT``: 2D, a disc, plain U-Net. ``REGIONS``: 3D, two nested regions and an ignore label, residual U-Net.
 """
@@ -6,17 +6,21 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import multiprocessing.dummy
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import SimpleITK
 
-__all__ = ["FLAT", "REGIONS", "command", "environment", "load", "prepare"]
+__all__ = ["FLAT", "REGIONS", "command", "environment", "load", "pools_of_threads", "prepare"]
 
 FLAT, REGIONS = "Dataset901_Flat", "Dataset902_Regions"
 CASES = 10
@@ -47,6 +51,14 @@ def command(base: Path, *words: str, **changes: str) -> subprocess.CompletedProc
     )
 
 
+@contextmanager
+def pools_of_threads() -> Iterator[None]:
+    """nnU-Net's pools, called in this process, of threads: each process of theirs would import all packages again, 10 s."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing, "get_context", lambda method: multiprocessing.dummy)
+        yield
+
+
 def load(base: Path, dataset: str, plans: str = "nnUNetPlans") -> tuple[dict[str, Any], dict[str, Any]]:
     """Plans and dataset.json, as nnU-Net hands them to a trainer."""
     folder = base / "preprocessed" / dataset
@@ -55,23 +67,29 @@ def load(base: Path, dataset: str, plans: str = "nnUNetPlans") -> tuple[dict[str
 
 
 def prepare(base: Path) -> None:
-    """Draw both data sets, run ``nnUNetv2_plan_and_preprocess``, and make the planned networks small."""
+    """Draw both data sets, plan and preprocess them, and make the planned networks small."""
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import (
+        extract_fingerprints,
+        plan_experiments,
+        preprocess,
+    )
+
     (base / "results").mkdir(parents=True)
     random = np.random.default_rng(0)
     _write(base, FLAT, (32, 32), {"background": 0, "disc": 1}, {}, random)
     labels = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
     _write(base, REGIONS, (16, 16, 16), labels, {"regions_class_order": [1, 2]}, random)
-    for number, planner, name, configuration in (
-        ("901", "ExperimentPlanner", "nnUNetPlans", "2d"),
-        ("902", "nnUNetPlannerResEncM", "nnUNetResEncUNetMPlans", "3d_fullres"),
-    ):
-        done = command(
-            base, "nnUNetv2_plan_and_preprocess", "-d", number, "-pl", planner, "-c", configuration, "-np", "1",
-            "-npfp", "1", "--no_pbar", nnUNet_n_proc_DA="1",
-        )  # fmt: skip
-        folder = base / "preprocessed" / (FLAT if number == "901" else REGIONS)
-        assert (folder / f"nnUNetPlans_{configuration}").is_dir(), done.stdout
-        _shrink(folder / f"{name}.json", configuration)
+    with pytest.MonkeyPatch.context() as patch, pools_of_threads():
+        for key, value in {**environment(base), "nnUNet_n_proc_DA": "1"}.items():  # planners count on one
+            patch.setenv(key, value)
+        for number, planner, configuration in (
+            (901, "ExperimentPlanner", "2d"), (902, "nnUNetPlannerResEncM", "3d_fullres"),
+        ):  # fmt: skip
+            extract_fingerprints([number], num_processes=1, show_progress_bar=False)
+            name = plan_experiments([number], planner)
+            preprocess([number], name, [configuration], num_processes=[1], show_progress_bar=False)
+            folder = base / "preprocessed" / (FLAT if number == 901 else REGIONS)
+            _shrink(folder / f"{name}.json", configuration)
 
 
 def _shrink(file: Path, configuration: str) -> None:

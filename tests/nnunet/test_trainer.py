@@ -29,7 +29,7 @@ from monai_unetq.nnunet import SECTION
 from monai_unetq.nnunet.trainer import nnUNetTrainerFixedPoint, nnUNetTrainerQAT, nnUNetTrainerSSQAT
 from monai_unetq.surgery import plan_of, plan_of_state, quantized_layers, set_quantizers
 from monai_unetq.surgery.supervise import SkipSupervision
-from tests.nnunet.datasets import FLAT, REGIONS, load
+from tests.nnunet.datasets import FLAT, REGIONS, load, pools_of_threads
 
 SHORT = {"float_epochs": 1, "epochs": 2, "iterations": 2, "val_iterations": 1, "calibration_batches": 2}
 MIXED = {"budget": ["weights=4.0bits"], "activations": "int6", **SHORT}
@@ -432,7 +432,8 @@ def test_both_stages_of_a_cascade(
         assert trainer.is_cascaded == (stage == stages[1])
         channels = 1 + 2 * trainer.is_cascaded  # the image, and both regions of the stage before
         assert trainer.num_input_channels == channels
-        trainer.perform_actual_validation()
+        with pools_of_threads():
+            trainer.perform_actual_validation()
         assert sorted(path.stem for path in Path(trainer.output_folder, "validation").glob("*.nii.gz"))
         network = inference_network(trainer, final["network_weights"])
         assert network(torch.zeros(1, channels, 16, 16, 16)).shape[2:] == (16, 16, 16)
