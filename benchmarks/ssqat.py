@@ -3,8 +3,9 @@
 Every row begins with the same float network, that of ``unetq reproduce``, and is trained for the same steps on the same
 crops: float on (the control), uniform widths, split with mixed widths, each with and without supervised skips, each with
 the float network as a teacher, Brevitas and NVIDIA modelopt. The last step's network is what is tested, so nothing is
-chosen on the test cases; what is to be chosen is compared with --candidates. Two rows are ``recipe.ssqat`` as it is shipped:
-power-of-two scales, packed; with the last epoch (the default), and with the one that is best on the validation cases.
+chosen on the test cases; what is to be chosen is compared with --candidates. Three rows are ``recipe.ssqat`` as it is shipped,
+packed: with power-of-two scales and the last epoch (the default), with the epoch that is best on the validation cases, and
+with free scales.
 Everything is kept in --out and not done twice.
 """
 
@@ -88,10 +89,11 @@ PARTS = {
     "+ all": Parts(mixed=True, supervised=True, distilled=True, equalized=True),
 }
 
-SHIPPED, BEST_EPOCH = "as shipped", "as shipped, best epoch"
-"""``recipe.ssqat``, packed and read again; the latter with ``validate``."""
+SHIPPED, BEST_EPOCH, FREE_SCALES = "as shipped", "as shipped, best epoch", "as shipped, free scales"
+"""``recipe.ssqat``, packed and read again; the second with ``validate``, the third with ``scale="free"``."""
+RECIPE = (SHIPPED, BEST_EPOCH, FREE_SCALES)
 
-ROWS = (*PARTS, SHIPPED, BEST_EPOCH, *PEERS, EQUALIZED_PEER)
+ROWS = (*PARTS, *RECIPE, *PEERS, EQUALIZED_PEER)
 LEARNING_RATE = 3e-4
 COARSE_LEARNING_RATE = 1e-3
 """Ours, the latter with 2-bit activations: each the better of the two in the pilot on validation cases. Where batch norms
@@ -196,7 +198,7 @@ def bits_of(widths: str) -> tuple[int, int]:
 
 def learning_rate(kind: str, row: str, widths: str) -> float:
     """Of a row on the test cases."""
-    if row in (SHIPPED, BEST_EPOCH):
+    if row in RECIPE:
         return LEARNING_RATE
     if row == EQUALIZED_PEER or (row in PARTS and PARTS[row].equalized):
         return EQUALIZED_LEARNING_RATES[kind]
@@ -266,7 +268,7 @@ def shipped(
 
     packed = ssqat(
         network, loss, loader, folder / "recipe", epochs=study.epochs, learning_rate=rate, calibration=batches, seed=seed,
-        validate=validate if row == BEST_EPOCH else None,
+        validate=validate if row == BEST_EPOCH else None, scale="free" if row == FREE_SCALES else "power-of-two",
         budget=budget_of(network, uniform_plan(network, widths, "power-of-two"), image),
     )  # fmt: skip
     return uq.unpack(packed, network)
@@ -398,7 +400,7 @@ def run(study: Study, row: str, widths: str, seed: int, candidate: float | None 
             elif row in PARTS:
                 network = ours(study, row, widths, batches, loss, study.out / study.kind / widths)
         rate = learning_rate(study.kind, row, widths) if candidate is None else candidate
-        if row in (SHIPPED, BEST_EPOCH):
+        if row in RECIPE:
             network = shipped(study, row, widths, seed, rate, loader, loss, batches, folder)
             result |= {"learning_rate": rate, "steps": study.epochs * len(loader)}
         elif row != FLOAT:
@@ -415,7 +417,7 @@ def run(study: Study, row: str, widths: str, seed: int, candidate: float | None 
             if not mine:
                 reestimate_norms(network, batches)
         uq.strip(network.eval())
-        if row in (*PARTS, SHIPPED, BEST_EPOCH):
+        if row in (*PARTS, *RECIPE):
             work = workload(network, torch.zeros(1, 1, 200, 200))
             cost = layer_costs(work.units, uq.plan_of(network), work.other_parameters)
             result |= {"weight_bytes": cost.weight_bytes, "bops": cost.bops}
@@ -548,7 +550,7 @@ def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
             "", f"Width {document['width']}, {document['float_steps']} float steps, then {document['steps']} steps for every "
             f"row, batch {document['batch_size']}, crops {'×'.join(map(str, document['patch_size']))}, {document['scale']} "
             f"scales, bits allocated by {document['metric']}; the last step's network is tested. `{SHIPPED}`: power-of-two scales, "
-            f"from the packed file; `{BEST_EPOCH}`: of the epoch that is best on the validation cases.",
+            f"from the packed file; `{BEST_EPOCH}`: of the epoch that is best on the validation cases; `{FREE_SCALES}`: scales as they are.",
         ]  # fmt: skip
         lines += candidates_table(document) + parts_table(document)
     return "\n".join([*lines, ""])
@@ -612,7 +614,13 @@ def beside_the_peers(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
             "", f"Boundary Dice is ahead of the peer's that has the best: {'; '.join(leads)}. Of the peer's loss of Dice: that of "
             "what is shipped / of everything / of `+ equalization`, over the peer's, where it loses more than 1.",
         ]  # fmt: skip
-    pairs = [(EVERYTHING, EQUALIZED), (SHIPPED, EVERYTHING), (SHIPPED, EQUALIZED), (BEST_EPOCH, SHIPPED)]
+    pairs = [
+        (EVERYTHING, EQUALIZED),
+        (SHIPPED, EVERYTHING),
+        (SHIPPED, EQUALIZED),
+        (BEST_EPOCH, SHIPPED),
+        (FREE_SCALES, SHIPPED),
+    ]
     beside = [text for row, other in pairs if (text := row_beside_row(documents, row, other))]
     return lines + (["", f"On average, in the folds that both have: {'; '.join(beside)}."] if beside else [])
 

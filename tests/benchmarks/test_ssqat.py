@@ -191,6 +191,7 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
         "+ all",
         "as shipped",
         "as shipped, best epoch",
+        "as shipped, free scales",
         "Brevitas",
         "Brevitas, equalized",
     ]
@@ -218,7 +219,11 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
     assert set(ours["dice"]) == set(ours["membrane_dice"]) and set(ours["nsd"]) == set(ours["hd95"])
     packed = tmp_path / "out" / "em" / "W3A4" / "all" / "fold0-seed0" / "model.unetq"
     assert uq.inspect_packed(packed)["plan"]["layers"]["decoder.0.conv1"]["parts"] == [["skip", 8], ["up", 8]]
-    for name, chosen in (("as shipped", False), ("as shipped, best epoch", True)):
+    for name, chosen, scale in (
+        ("as shipped", False, "power-of-two"),
+        ("as shipped, best epoch", True, "power-of-two"),
+        ("as shipped, free scales", False, "free"),
+    ):
         (recipe,) = (row for row in document["rows"] if row["row"] == name)
         assert (
             recipe["steps"] == 4
@@ -227,9 +232,9 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
         )
         folder = tmp_path / "out" / "em" / "W3A4" / study._slug(name) / "fold0-seed0" / "recipe"
         assert json.loads((folder / "stage.json").read_text())["validated"] == chosen
-    plan = uq.inspect_packed(folder / "model.unetq")["plan"]
-    assert plan["layers"]["decoder.0.conv1"]["parts"] == [["skip", 8], ["up", 8]]
-    assert uq.QuantPlan.from_json(plan).scale == "power-of-two"
+        plan = uq.inspect_packed(folder / "model.unetq")["plan"]
+        assert plan["layers"]["decoder.0.conv1"]["parts"] == [["skip", 8], ["up", 8]]
+        assert uq.QuantPlan.from_json(plan).scale == scale
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("score.json")}
     study.main(arguments)
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("score.json")}

@@ -16,8 +16,8 @@ from tests.bundles.test_bundles import ROOT, Kind, read
 # Epochs of 20 steps in float, then half as many with rounding; width 8, crops of 64 pixels, about a minute each on one core.
 SETTINGS: dict[str, dict[str, Any]] = {
     "em": {"epochs": 6, "val_interval": 3, "batch_size": 4},
-    "gm": {"epochs": 6, "val_interval": 3, "batch_size": 8},
-    "nih": {"epochs": 8, "val_interval": 4, "batch_size": 8},
+    "gm": {"epochs": 4, "val_interval": 2, "batch_size": 4},
+    "nih": {"epochs": 6, "val_interval": 3, "batch_size": 4},
 }
 KEYS = {"em": "mean_dice", "gm": "grey_matter_dice", "nih": "pancreas_dice"}
 
