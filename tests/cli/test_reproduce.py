@@ -52,18 +52,7 @@ def test_two_parts_of_a_phantoms_comparison_merge(
     monkeypatch.setattr("monai_unetq.reproduction.PRESETS", {"quick": {"em": tiny}})
     dataset = write_phantom("em", tmp_path / "raw", size=64)
     out = tmp_path / "study"
-    words = [
-        "reproduce",
-        "em",
-        "--data",
-        str(dataset),
-        "--out",
-        str(out),
-        "--preset",
-        "quick",
-        "--rows",
-        "BNN",
-    ]
+    words = f"reproduce em --data {dataset} --out {out} --preset quick --rows BNN".split()
     for part, columns in ((1, {"relu"}), (2, {"relu", "tanh"})):
         assert main([*words, "--part", f"{part}/2"]) == 0
         printed = capsys.readouterr()
