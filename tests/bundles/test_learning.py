@@ -13,7 +13,7 @@ from monai.bundle import run
 from monai_unetq.datasets import data_list, write_phantom
 from tests.bundles.test_bundles import ROOT, Kind, read
 
-# Epochs of 20 steps in float, then half as many with rounding; width 8, crops of 64 pixels, about a minute each on one core.
+# Epochs of 20 steps in float, then half as many with rounding; width 8, crops of 64 pixels, at most a minute each on one core.
 SETTINGS: dict[str, dict[str, Any]] = {
     "em": {"epochs": 6, "val_interval": 3, "batch_size": 4},
     "gm": {"epochs": 4, "val_interval": 2, "batch_size": 4},
