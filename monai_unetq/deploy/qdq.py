@@ -97,7 +97,7 @@ class _Lowering:
             self.layers = spread(self.graph, self.layers)
         if self.target != "tensorrt":
             for node in list(self.graph):
-                if is_quant(node) and _INT8[0] <= attribute(node, "qmin") < 0:
+                if is_quant(node) and _INT8[0] <= attribute(node, "qmin") and _stands_by_signed(node):
                     self._round_twice(node)
         for node in list(self.graph):
             if is_quant(node):
@@ -155,7 +155,8 @@ class _Lowering:
         if kind == "literal" or (kind == "binary" and qmin < 0) or not held:
             self._emulate(node, source, scale, qmin, qmax, kind, layer)
             return
-        signed = qmin < 0
+        # What 7 bits hold without a sign fits the type of the signed parts beside it.
+        signed = qmax <= _INT8[1] and _stands_by_signed(node)
         # OpenVINO convolves int8 activations wrongly where there is no VNNI; transposed convolutions and norms of what has a
         # zero point it runs in float.
         offset = (
@@ -384,29 +385,65 @@ class _Lowering:
             return
         activations = [part for part in parts if part is not None]
         joined = self._joined(concat, activations)
-        why = "the scales of its parts cannot meet on one grid of 8 bits"
-        if joined is None:
-            why = "the integers of its parts are of different types"
-        elif len({a.scale for a in activations}) == 1:
+        if joined is not None and len({a.scale for a in activations}) == 1:
             self.activations[output] = replace(joined, scale=activations[0].scale)
         for reader, (weight, layer) in split.items():
-            met = meet(layer, [a.scale for a in activations]) if joined else None
+            met = meet(layer, [a.scale for a in activations])
             placed = None if met is None else self._integers(weight, layer, *met)
-            if joined is not None and met is not None and placed is not None:
+            if met is None or placed is None:
+                why = "the scales of its parts cannot meet on one grid of 8 bits"
+                self._apart(reader, weight, layer, activations, why)
+            elif joined is not None:
                 weight.outputs[0].replace_all_uses_with(placed)
                 reader.replace_input_with(0, self._dequantize(joined, 1.0))
                 self._round_biases([reader], layer, met[1])
+            elif len({a.codes.dtype for a in activations}) == 1 and reader.op_type == "Conv":
+                weight.outputs[0].replace_all_uses_with(placed)
+                self._join_padded(reader, activations, *met)
+                self._round_biases([reader], layer, met[1])
             else:
+                why = "the integers of its parts are of different types"
                 self._apart(reader, weight, layer, activations, why)
 
     def _joined(self, concat: ir.Node, parts: list[_Activation]) -> _Activation | None:
-        """The parts' integers side by side; None where one type cannot hold them."""
-        kinds = {(part.codes.dtype, part.zero_point) for part in parts}
-        if len(kinds) > 1:
+        """The parts' integers side by side; None where they differ in type or zero point."""
+        if len({(part.codes.dtype, part.zero_point) for part in parts}) > 1:
             return None
         codes = self._add(concat, "Concat", [part.codes for part in parts], {"axis": 1})
         codes.type, codes.shape = parts[0].codes.type, concat.outputs[0].shape
         return _Activation(codes, 1.0, parts[0].zero_point)
+
+    def _join_padded(
+        self, conv: ir.Node, parts: list[_Activation], codes: np.ndarray, scale: np.ndarray
+    ) -> None:
+        """Let a convolution read integers c of different zero points z as if all had one, Z.
+
+        Σ w·(c - z) = Σ w·(c - Z) + Σ w·(Z - z), and the last sum goes into the bias. So that it is the same at the borders,
+        each part is padded in front, with its own z. (OpenVINO takes a zero point for each channel, but pads wrongly then
+        unless the borders between the parts are multiples of 8, seen in 2026.4.)
+        """
+        dimensions = codes.ndim - 2
+        pads = list(attribute(conv, "pads", [0] * 2 * dimensions))
+        around = self._constant(np.array([0, 0, *pads[:dimensions], 0, 0, *pads[dimensions:]]))
+        common = max(part.zero_point for part in parts)
+        sums, padded, first = np.zeros(len(codes), np.int64), [], 0
+        for part in parts:
+            zero = self._constant(np.array(part.zero_point, part.codes.dtype.numpy()))  # type: ignore[union-attr]
+            value = self._add(conv, "Pad", [part.codes, around, zero])
+            value.type = part.codes.type
+            padded.append(value)
+            last = first + int(part.codes.shape[1])  # type: ignore[arg-type, index]
+            weights = codes[:, first:last].reshape(len(codes), -1)
+            sums += (common - part.zero_point) * weights.sum(1, dtype=np.int64)
+            first = last
+        joined = self._add(conv, "Concat", padded, {"axis": 1})
+        joined.type = parts[0].codes.type
+        conv.replace_input_with(0, self._dequantize(_Activation(joined, 1.0, common)))
+        conv.attributes["pads"] = ir.AttrInt64s("pads", [0] * len(pads))
+        bias = constant(conv.inputs[2]) if len(conv.inputs) > 2 else None
+        total = sums * scale.astype(np.float64) + (0.0 if bias is None else bias)
+        conv.resize_inputs(3)
+        conv.replace_input_with(2, self._initializer(ir.tensor(total.astype(np.float32)), "joined_bias"))
 
     def _apart(
         self, conv: ir.Node, weight: ir.Node, layer: TracedLayer, parts: list[_Activation], why: str
@@ -514,6 +551,11 @@ def _beside(quant: ir.Node) -> list[ir.Node]:
             makers = [value.producer() for value in use.node.inputs if value is not None]
             found += [maker for maker in makers if maker is not None and is_quant(maker)]
     return found
+
+
+def _stands_by_signed(quant: ir.Node) -> bool:
+    """Whether a ``Quant`` is signed, or one that is concatenated with it."""
+    return any(attribute(one, "qmin") < 0 for one in _beside(quant))
 
 
 def _transposed_only(node: ir.Node) -> bool:

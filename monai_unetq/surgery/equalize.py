@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..layers import PAIRED_NORMS, QuantizedLayer, SplitLayer, is_quantizable
 from .calibrate import image_of
-from .observe import LAYERS, LayerCall, Operation, Trace, evaluating, observe, shares_weight
+from .observe import LAYERS, TRANSPOSED, LayerCall, Operation, Trace, evaluating, observe, shares_weight
 
 __all__ = ["equalize"]
 
@@ -317,7 +317,7 @@ def _divide(maker: nn.Module, factors: Tensor) -> None:
     assert isinstance(weight, Tensor)
     if type(maker) in _NORMS:
         weight.div_(factors)
-    elif isinstance(maker, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+    elif isinstance(maker, TRANSPOSED):
         grouped = factors.view(maker.groups, 1, -1, *[1] * (weight.dim() - 2))
         weight.copy_((weight.unflatten(0, (maker.groups, -1)) / grouped).flatten(0, 1))
     else:
@@ -331,7 +331,7 @@ def _multiply(reader: nn.Module, factors: Tensor) -> None:
     weight = reader.weight
     assert isinstance(weight, Tensor)
     spatial = [1] * (weight.dim() - 2)
-    if isinstance(reader, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+    if isinstance(reader, TRANSPOSED):
         weight.mul_(factors.view(-1, 1, *spatial))
         return
     groups = int(reader.groups)  # type: ignore[arg-type]

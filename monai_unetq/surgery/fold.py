@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import PAIRED_NORMS, PairedNorm, QuantizedLayer, folded_log2_scale, is_quantizable
-from .observe import example_for, observe, shares_weight
+from .observe import TRANSPOSED, example_for, observe, shares_weight
 from .supervise import refuse_supervised
 
 __all__ = ["FoldedNorm", "fold", "fold_pairs", "take_norm_out"]
@@ -109,7 +109,7 @@ def _fold_float(layer: Any, norm: nn.Module) -> None:
     old = torch.zeros_like(gain) if layer.bias is None else layer.bias
     shift = (old - norm.running_mean) * gain
     weight = layer.weight
-    if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+    if isinstance(layer, TRANSPOSED):
         grouped = weight.unflatten(0, (layer.groups, -1))
         factor = gain.view(layer.groups, 1, -1, *[1] * (weight.dim() - 2))
         folded = (grouped * factor).flatten(0, 1)

@@ -6,7 +6,8 @@ negative, is read off the operations that ran (design decision 4).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -27,6 +28,7 @@ LAYERS: tuple[type[nn.Module], ...] = (*QUANTIZED_LAYERS, QuantizedLayer)
 NORMS: tuple[type[nn.Module], ...] = (*PAIRED_NORMS, PairedNorm)
 UNFOLDED_NORMS: tuple[type[nn.Module], ...] = (_InstanceNorm, nn.GroupNorm)
 """Norms whose statistics are the image's own: no weight can hold them."""
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 # Operations whose result is never negative, whatever goes in.
 _NEVER_NEGATIVE = {
@@ -55,6 +57,8 @@ _KEEP_SIGN = {
     "constant_pad_nd",
 }  # fmt: skip
 _WITH_NUMBER = {"add", "add_", "mul", "mul_", "constant_pad_nd"}  # … and no number that they take is negative
+
+Pieces = tuple[tuple[int, bool], ...]
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class LayerCall:
         input_shape: shape of the input, batch first.
         output_shape: shape of the output.
         signed: whether the input could be negative when the layer ran (later it may be changed in place).
+        pieces: of an input that was concatenated along its channels, (channels, whether they could be negative) of each
+            tensor in it; else empty.
         channels_second: whether the output has its channels in axis 1, where a batch norm takes them: not so
             for a linear layer on sequences, nor without a batch axis.
         position: how many operations of the trace had run when it returned.
@@ -106,6 +112,7 @@ class LayerCall:
     signed: bool
     channels_second: bool
     position: int = 0
+    pieces: Pieces = ()
 
 
 @dataclass
@@ -134,9 +141,9 @@ class Trace:
         """All calls of one layer."""
         return [call for call in self.calls if call.layer == layer]
 
-    def takes_negative(self, layer: str) -> bool:
-        """Whether the layer's input can be negative in any of its calls (after ReLU it cannot)."""
-        return any(call.signed for call in self.calls_of(layer))
+    def takes_negative(self, layer: str, channels: range | None = None) -> bool:
+        """Whether the layer's input, or some channels of it, can be negative in any of its calls (after ReLU it cannot)."""
+        return any(_can_be_negative(call, channels) for call in self.calls_of(layer))
 
     def consumers(self, tensor: int) -> list[Operation]:
         """The operations that read a tensor."""
@@ -172,10 +179,23 @@ class Trace:
         return [layer for layer in self.layers() if layer not in others]
 
 
+def _can_be_negative(call: LayerCall, channels: range | None) -> bool:
+    if channels is None or not call.pieces:
+        return call.signed
+    begins = itertools.accumulate((count for count, _ in call.pieces), initial=0)
+    return any(
+        signed and begin < channels.stop and channels.start < begin + count
+        for begin, (count, signed) in zip(begins, call.pieces, strict=False)
+    )
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.trace = Trace()
+        self.pieces: dict[
+            tuple[int, int], Pieces
+        ] = {}  # concatenation and axis, counted from the end → what is in it
         self.stack: list[str] = []
         self.layer = ""  # the one that is running
         self._numbers = (
@@ -195,6 +215,18 @@ class _Recorder(TorchDispatchMode):
         memory = {tensor.untyped_storage()._cdata for number, tensor in alive if number in changed}
         return {number for number, tensor in alive if tensor.untyped_storage()._cdata in memory}
 
+    def _concatenated(self, result: int, tensors: Sequence[int], axis: int) -> None:
+        """Remember the pieces of a concatenation, those of its pieces among them."""
+        shapes = self.trace.shapes
+        from_end = axis - len(shapes[result]) if axis >= 0 else axis
+        pieces: list[tuple[int, bool]] = []
+        for tensor in tensors:
+            if len(shapes[tensor]) != len(shapes[result]):  # torch leaves out what has shape (0,)
+                continue
+            alone = ((shapes[tensor][from_end], tensor not in self.trace.nonnegative),)
+            pieces += self.pieces.get((tensor, from_end), alone)
+        self.pieces[result, from_end] = tuple(pieces)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         tensors = [self.number(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -202,6 +234,13 @@ class _Recorder(TorchDispatchMode):
         if not results:
             return out
         name = func.overloadpacket.__name__
+        if name == "cat":
+            self._concatenated(
+                results[0], tensors, args[1] if len(args) > 1 else (kwargs or {}).get("dim", 0)
+            )
+        elif self.pieces and (written := set(tensors) & set(results)):  # in place
+            gone = self.sharing_memory(written)
+            self.pieces = {key: pieces for key, pieces in self.pieces.items() if key[0] not in gone}
         module = self.stack[-1] if self.stack else ""
         numbers = [a for a in (*args[1:], *(kwargs or {}).values()) if isinstance(a, (int, float))]
         constant = 0.0
@@ -253,7 +292,7 @@ def observe(network: nn.Module, example: Tensor) -> Trace:
     example = example.as_subclass(Tensor)
     recorder = _Recorder()
     trace = recorder.trace
-    signs: list[bool] = []  # of the inputs of the layers being run
+    signs: list[tuple[bool, Pieces]] = []  # of the inputs of the layers being run
     names = {module: name for name, module in network.named_modules()}
     hooks: list[RemovableHandle] = []
 
@@ -266,13 +305,14 @@ def observe(network: nn.Module, example: Tensor) -> Trace:
             if isinstance(module, NORMS):
                 trace.norm_inputs.setdefault(names[module], []).append(number)
             else:
-                signs.append(number not in trace.nonnegative)
+                channels = 1 - cast(Tensor, module.weight).dim()  # their axis
+                signs.append((number not in trace.nonnegative, recorder.pieces.get((number, channels), ())))
                 recorder.layer = names[module]
 
     def leave(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         name = recorder.stack.pop()
         if isinstance(module, LAYERS):
-            signed, recorder.layer = signs.pop(), ""
+            (signed, pieces), recorder.layer = signs.pop(), ""
             if not isinstance(out, Tensor):
                 return  # it failed, and the network goes on without it
             tensor = args[0] if args else kwargs["input"]
@@ -280,7 +320,7 @@ def observe(network: nn.Module, example: Tensor) -> Trace:
             shapes = tuple(tensor.shape), tuple(out.shape)
             channels_second = out.dim() == cast(Tensor, module.weight).dim()
             position = len(trace.operations)
-            trace.calls.append(LayerCall(name, *numbers, *shapes, signed, channels_second, position))
+            trace.calls.append(LayerCall(name, *numbers, *shapes, signed, channels_second, position, pieces))
 
     try:
         for module in names:

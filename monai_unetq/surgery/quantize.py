@@ -24,7 +24,7 @@ from ..layers import (
 from ..parts import WHOLE, Part, decode, state_key
 from ..plan import LayerPlan, QuantPlan
 from ..quantizers import Quantizer
-from .observe import NORMS, Trace, example_for, observe, shares_weight
+from .observe import NORMS, TRANSPOSED, Trace, example_for, observe, shares_weight
 from .supervise import refuse_supervised
 
 __all__ = [
@@ -92,7 +92,7 @@ def quantize(network: nn.Module, plan: QuantPlan, example: Tensor | None = None)
                 raise ValueError(
                     f"plan: '{other}' and '{name}' are the same layer, but have different formats; plan one of them"
                 )
-        inputs[name] = _resolve(plan[name].inputs, trace, min(same))
+        inputs[name] = _resolve(plan[name], trace, min(same), modules[name])
         _check_values(name, modules[name])
         output = plan[name].output
         for what, number_format in (
@@ -163,17 +163,29 @@ def _check_values(name: str, module: nn.Module) -> None:
             raise ValueError(f"'{name}.{key}' holds NaN or infinity: the network is not fit to be quantized")
 
 
-def _resolve(formats: Mapping[str, QFormat], trace: Trace, layer: str) -> dict[str, QFormat]:
+def _resolve(layer: LayerPlan, trace: Trace, name: str, module: nn.Module) -> dict[str, QFormat]:
     """Signed formats become unsigned where the input cannot be negative; what is written unsigned stays so.
 
-    The parts of one input share their sign, so that their integers can be concatenated: beside a signed part an
-    unsigned one goes signed.
+    Each part of a split convolution has its own sign: a skip behind ReLU keeps all its levels beside a signed part. The
+    parts of a transposed one share theirs, as engines take one type with zero point 0 there.
     """
-    if not trace.takes_negative(layer):
+    channels = (
+        module.parts if isinstance(module, SplitLayer) else [Part(*part) for part in layer.channels or ()]
+    )
+    formats = dict(layer.inputs)
+    if channels and set(formats) == {WHOLE}:
+        formats = {part.name: formats[WHOLE] for part in channels}
+    if not trace.takes_negative(name):
         return {part: number_format.with_sign(False) for part, number_format in formats.items()}
-    if any(f.signed and not f.is_float for f in formats.values()):
-        return {part: number_format.with_sign(True) for part, number_format in formats.items()}
-    return dict(formats)
+    if not any(f.signed and not f.is_float for f in formats.values()):
+        return formats
+    negative = dict.fromkeys(formats, True)
+    if not isinstance(module, TRANSPOSED):
+        begin = 0
+        for part in channels:
+            negative[part.name] = trace.takes_negative(name, range(begin, begin + part.channels))
+            begin += part.channels
+    return {part: formats[part].with_sign(negative[part]) for part in formats}
 
 
 def pair_norms(network: nn.Module, trace: Trace) -> dict[str, str]:

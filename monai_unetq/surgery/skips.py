@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..layers import SPLIT_LAYERS, QuantizedLayer, SplitLayer
 from ..parts import Part, PartKind, parts_of
-from .observe import LayerCall, Operation, Trace, example_for, observe
+from .observe import TRANSPOSED, LayerCall, Operation, Trace, example_for, observe
 
 __all__ = ["SkipConvolution", "Skips", "find_skips"]
 
@@ -512,7 +512,7 @@ def applications(call: LayerCall, module: nn.Module) -> int:
     """
     if isinstance(module, nn.Linear):
         return prod(call.input_shape[:-1])
-    transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    transposed = isinstance(module, TRANSPOSED)
     shape = call.input_shape if transposed else call.output_shape
     return prod(shape) // shape[1 - cast(Tensor, module.weight).dim()]
 
@@ -587,7 +587,7 @@ def _call_change(module: nn.Module) -> int:
     """1 where a layer raises the resolution, -1 where it lowers it; what it crops at the border does not count."""
     if isinstance(module, nn.Linear) or all(stride == 1 for stride in cast(tuple[int, ...], module.stride)):
         return 0
-    return 1 if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)) else -1
+    return 1 if isinstance(module, TRANSPOSED) else -1
 
 
 def _operation_change(op: Operation, shape: tuple[int, ...], after: tuple[int, ...]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,7 +24,7 @@ from monai_unetq.deploy.trace import trace
 from monai_unetq.runtime.executions import executions, int8_share
 from monai_unetq.runtime.integer import load
 from monai_unetq.runtime.verify import labels
-from monai_unetq.surgery import observe
+from monai_unetq.surgery import observe, quantized_layers
 from tests.deploy.networks import NETWORKS, quantized, traced
 
 EVERY = pytest.mark.parametrize("name", NETWORKS)
@@ -158,6 +159,39 @@ def test_tensorrt_takes_signed_integers_only() -> None:
     assert {makers[name] for node in layers for name in node.input[:2]} == {"DequantizeLinear"}
     with torch.no_grad():
         assert np.array_equal(by_onnxruntime(model, image.numpy()), network(image).numpy())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_skip_of_8_bits_beside_a_signed_part_keeps_them(bias: bool) -> None:
+    def build() -> nn.Module:
+        network = Skip()
+        if not bias:
+            network.last.bias = None
+        return network
+
+    image = torch.rand(1, 1, 16, 16)
+    network = quantized(build, (1, 1, 16, 16), True, activations="int8", last="int4")
+    assert [str(q.number_format) for q in quantized_layers(network)["last"].input_quantizers.values()] == [
+        "uint8",
+        "int8",
+    ]
+    traced_network = trace(network, image, dynamic=False)
+    with torch.no_grad():
+        expected = network(image).numpy()
+    both = [(np.dtype(np.uint8), 0), (np.dtype(np.uint8), 128)]
+
+    lowered = to_qdq(traced_network)
+    assert lowered.notes == {} and joined_zero_points(lowered.model) == both
+    assert [node.op_type for node in lowered.model.graph.node].count("Conv") == 3
+    for optimized in (False, True):
+        assert np.array_equal(by_onnxruntime(lowered.model, image.numpy(), optimized=optimized), expected)
+
+    openvino = pytest.importorskip("openvino")
+    lowered = to_qdq(traced_network, target="openvino")
+    assert lowered.notes == {} and joined_zero_points(lowered.model) == both
+    compiled = openvino.Core().compile_model(read(lowered.model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert np.array_equal(np.array(compiled(image.numpy())[0]), expected)
+    assert int8_share(executions(compiled)) == 1
 
 
 def test_a_layer_with_float_input_is_named() -> None:
@@ -316,15 +350,32 @@ class Skip(nn.Module):
         return out
 
 
-def test_signed_parts_are_stored_as_uint8_with_a_zero_point() -> None:
-    image = torch.rand(1, 1, 16, 16)
-    network = quantized(Skip, (1, 1, 16, 16), True)
-    model = to_qdq(trace(network, image, dynamic=False)).model
+def joined_zero_points(model: onnx.ModelProto) -> list[tuple[np.dtype[Any], int]]:
+    """Type and zero point of each part of the only concatenation."""
     constants = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
     makers = {output: node for node in model.graph.node for output in node.output}
     (joined,) = (node for node in model.graph.node if node.op_type == "Concat")
-    zeros = [constants[makers[name].input[2]] for name in joined.input]
-    assert [(zero.dtype, int(zero)) for zero in zeros] == [(np.dtype(np.uint8), 128)] * 2
-    assert all(node.op_type != "Pad" for node in model.graph.node)
+    found = []
+    for name in joined.input:
+        maker = makers[name]
+        while maker.op_type == "Pad":
+            maker = makers[maker.input[0]]
+        zero = constants[maker.input[2]]
+        found.append((zero.dtype, int(zero)))
+    return found
+
+
+def test_a_skip_of_7_bits_beside_a_signed_part_takes_its_type_and_is_rounded_once() -> None:
+    image = torch.rand(1, 1, 16, 16)
+    network = quantized(Skip, (1, 1, 16, 16), True)
+    assert [str(q.number_format) for q in quantized_layers(network)["last"].input_quantizers.values()] == [
+        "uint6",
+        "int6",
+    ]
+    model = to_qdq(trace(network, image, dynamic=False)).model
+    assert joined_zero_points(model) == [(np.dtype(np.uint8), 128)] * 2
+    operators = [node.op_type for node in model.graph.node]
+    assert "Pad" not in operators
+    assert operators.count("QuantizeLinear") == 4, "image, skip (once for both readers), below, up"
     with torch.no_grad():
         assert np.array_equal(by_onnxruntime(model, image.numpy()), network(image).numpy())

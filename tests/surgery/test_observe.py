@@ -126,6 +126,52 @@ def test_the_sign_is_the_one_when_the_layer_ran() -> None:
     assert not trace.takes_negative("after")
 
 
+@pytest.mark.parametrize(
+    ("between", "negative"),
+    [
+        (lambda x: torch.cat([x.relu(), x], dim=1), [False, True]),
+        (lambda x: torch.cat([x, x.relu()], dim=-3), [True, False]),
+        (lambda x: torch.cat([x, torch.cat([x.relu(), x], dim=1)[:, :0], x.relu()], dim=1), [True, False]),
+        (
+            lambda x: torch.cat([torch.cat([x.relu()[:, :2], x[:, :2]], dim=1), x.relu()], dim=1),
+            [True, False],
+        ),
+        (lambda x: torch.cat([x.relu(), x], dim=1).sub_(1), [True, True]),
+        (lambda x: torch.cat([x.relu(), x], dim=1) - 1, [True, True]),
+        (lambda x: torch.cat([torch.cat([x.relu()] * 2, 2), torch.cat([x] * 2, 2)], 1), [False, True]),
+        (
+            lambda x: torch.cat([torch.cat([x, x], 1)[:, :, :4], torch.cat([x, x], 1)[:, :, 4:].relu()], 2),
+            [True, True],
+        ),
+        (lambda x: torch.cat([x.relu(), x.relu()], dim=1), [False, False]),
+    ],
+)
+def test_pieces_of_a_concatenation_that_can_be_negative(
+    between: Callable[[Tensor], Tensor], negative: list[bool]
+) -> None:
+    trace = observe(Between(between, 8), IMAGE)
+    halves = range(0, 4), range(4, 8)
+    assert [trace.takes_negative("second", half) for half in halves] == negative
+    assert trace.takes_negative("second") == any(negative)
+
+
+def test_pieces_are_what_they_were_when_they_were_concatenated() -> None:
+    class LaterInPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.reads = nn.Conv2d(3, 4, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            skip = x.relu()
+            both = torch.cat([skip, x], dim=1)
+            skip.sub_(1)  # a copy of it stands in the concatenation
+            return self.reads(both)
+
+    trace = observe(LaterInPlace(), IMAGE)
+    assert [trace.takes_negative("reads", half) for half in (range(0, 4), range(4, 8))] == [False, True]
+
+
 def test_a_layer_that_runs_twice_is_signed_if_one_call_is() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:

@@ -364,17 +364,50 @@ def test_the_order_of_the_parts_survives_sorted_keys(tmp_path: Path) -> None:
         uq.unpack(tmp_path / "model.unetq", other)
 
 
-def test_parts_of_one_input_share_their_sign() -> None:
+@pytest.mark.parametrize("asked", [{"skip": "UQ6.0", "up": "Q6.0"}, {"skip": "Q6.0", "up": "Q6.0"}])
+def test_each_part_has_a_sign_of_its_own(asked: dict[str, str]) -> None:
     network: Any = trained()
     network.up = network.up[:2]  # without ReLU: what comes up is signed
     uq.split(network, image())
-    uq.quantize(
-        network,
-        with_halves(network, by_part(skip="int8", up="int8"), by_part(skip="UQ6.0", up="Q6.0")),
-        image(),
-    )
+    plan = with_halves(network, by_part(skip="int8", up="int8"), by_part(**asked))
+    uq.quantize(network, plan, image())
     quantizers = quantized_layers(network)["decoder.0"].input_quantizers
-    assert [str(q.number_format) for q in quantizers.values()] == ["Q6.0", "Q6.0"]
+    assert [str(q.number_format) for q in quantizers.values()] == ["UQ6.0", "Q6.0"]
+
+
+def test_one_format_for_a_split_layer_gets_the_sign_of_each_part() -> None:
+    network: Any = trained()
+    network.up = network.up[:2]
+    uq.split(network, image())
+    uq.quantize(network, QuantPlan.uniform(network, "int8", "int2"), image())
+    quantizers = quantized_layers(network)["decoder.0"].input_quantizers
+    assert {name: str(q.number_format) for name, q in quantizers.items()} == {"skip": "uint2", "up": "int2"}
+
+
+def test_a_plan_that_splits_gets_the_sign_of_each_part() -> None:
+    network: Any = trained()
+    network.up = network.up[:2]
+    formats = by_part(skip="int4", up="int4")
+    channels = (("skip", 4), ("up", 5))
+    uq.quantize(network, QuantPlan({"decoder.0": LayerPlan(formats, formats, channels=channels)}), image())
+    quantizers = quantized_layers(network)["decoder.0"].input_quantizers
+    assert [str(q.number_format) for q in quantizers.values()] == ["uint4", "int4"]
+
+
+def test_parts_of_a_transposed_convolution_share_their_sign() -> None:
+    class Transposed(TwoLevels):
+        """Its decoder is a transposed convolution, as MONAI's UNet has it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = cast(Any, nn.ConvTranspose2d(6, 5, 2, stride=2))
+            self.decoder = nn.Sequential(nn.ConvTranspose2d(9, 4, 3, padding=1))
+
+    network: Any = Transposed().eval()
+    uq.split(network, image())
+    uq.quantize(network, QuantPlan.uniform(network, "int8", "int4"), image())
+    quantizers = quantized_layers(network)["decoder.0"].input_quantizers
+    assert [str(q.number_format) for q in quantizers.values()] == ["int4", "int4"]
 
 
 def test_one_layer_under_two_names_has_one_plan() -> None:
