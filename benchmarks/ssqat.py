@@ -35,7 +35,7 @@ from monai_unetq.datasets.layout import Part
 from monai_unetq.files import write_json
 from monai_unetq.metrics import score as measures_of
 from monai_unetq.metrics import summarize
-from monai_unetq.recipe import ssqat, ssqat_plan, versions
+from monai_unetq.recipe import check_device, ssqat, ssqat_plan, versions
 from monai_unetq.reproduction.pages import interval, write_page
 from monai_unetq.reproduction.run import PRESETS, Comparison, alone, prediction_file, read_mask, score
 from monai_unetq.surgery import reestimate_norms, settle_norms
@@ -137,6 +137,10 @@ class Study:
     def kind(self) -> str:
         return self.comparison.kind
 
+    @property
+    def device(self) -> str:
+        return self.comparison.device
+
     def network(self) -> nn.Module:
         """The trained float network."""
         file = (
@@ -144,7 +148,7 @@ class Study:
         )
         network = uq.networks.FixedPointUNet(1, 1, width=self.comparison.settings.width)
         network.load_state_dict(torch.load(file, weights_only=True))
-        return network.eval()
+        return network.eval().to(self.device)
 
     def crops(self) -> tuple[Any, Callable[[Any, Any], Tensor]]:
         """The bundle's training loader and loss."""
@@ -170,7 +174,7 @@ class Study:
 
         loader, inferer, postprocessing = self.inference(folder, part)
         SupervisedEvaluator(
-            device=torch.device("cpu"),
+            device=torch.device(self.device),
             val_data_loader=loader,
             network=network,
             inferer=inferer,
@@ -184,7 +188,7 @@ class Study:
         parser.read_config(str(self.comparison.bundle / "configs" / f"{config}.yaml"))
         parser.update(
             {"bundle_root": str(self.comparison.bundle), "dataset_dir": str(self.comparison.dataset), "fold": self.fold,
-             "device": "cpu", "width": self.comparison.settings.width, **more}
+             "device": self.device, "width": self.comparison.settings.width, **more}
         )  # fmt: skip
         parser.parse()
         return parser
@@ -256,7 +260,7 @@ def shipped(
     folder: Path,
 ) -> nn.Module:  # fmt: skip
     """The packed network of ``recipe.ssqat`` with its own defaults, under the mean widths of the uniform plan."""
-    network = study.network()
+    network = study.network().cpu()
     image = batches[0]["image"][:1]
     cases = data_list(study.comparison.dataset, study.fold, "validation")
 
@@ -268,10 +272,10 @@ def shipped(
 
     packed = ssqat(
         network, loss, loader, folder / "recipe", epochs=study.epochs, learning_rate=rate, calibration=batches, seed=seed,
-        validate=validate if row == BEST_EPOCH else None, scale="free" if row == FREE_SCALES else "power-of-two",
+        device=study.device, validate=validate if row == BEST_EPOCH else None, scale="free" if row == FREE_SCALES else "power-of-two",
         budget=budget_of(network, uniform_plan(network, widths, "power-of-two"), image),
     )  # fmt: skip
-    return uq.unpack(packed, network)
+    return uq.unpack(packed, network).to(study.device)
 
 
 def brevitas(network: nn.Module, widths: str, batches: Sequence[Any]) -> nn.Module:
@@ -296,6 +300,7 @@ def brevitas(network: nn.Module, widths: str, batches: Sequence[Any]) -> nn.Modu
         rounded.weight.data.copy_(layer.weight.data)
         assert layer.bias is not None and rounded.bias is not None
         rounded.bias.data.copy_(layer.bias.data)
+        rounded.to(layer.weight.device)
         parent, _, leaf = name.rpartition(".")
         setattr(network.get_submodule(parent), leaf, rounded)
     with torch.no_grad(), calibration_mode(network):
@@ -335,6 +340,11 @@ def modelopt(network: nn.Module, widths: str, batches: Sequence[Any]) -> nn.Modu
     return quantized
 
 
+def moved(batch: Mapping[str, Any], device: str | torch.device) -> dict[str, Any]:
+    """A batch with its image and label on a device."""
+    return {**batch, **{key: batch[key].to(device) for key in ("image", "label")}}
+
+
 def train(
     network: nn.Module, loader: Any, loss: Callable[[Any, Any], Tensor], batches: Sequence[Any], epochs: int, seed: int,
     groups: Sequence[Mapping[str, Any]],
@@ -344,6 +354,7 @@ def train(
     supervised = SkipSupervisionLoss(loss, SUPERVISION, distillation=DISTILLATION)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, uq.training.cosine(epochs))
     steps, total, losses = 0, epochs * len(loader), []
+    device = next(network.parameters()).device
     begin = time.monotonic()
     network.train()
     for epoch in tqdm(range(1, epochs + 1), desc="training", unit="epoch", leave=False, disable=None):
@@ -355,6 +366,7 @@ def train(
         for batch in loader:
             supervised.weight = SUPERVISION * supervision_weight(steps / total)
             optimizer.zero_grad(set_to_none=True)
+            batch = moved(batch, device)
             found = supervised(network(batch["image"].as_tensor()), batch["label"].as_tensor())
             found.backward()
             optimizer.step()
@@ -389,9 +401,12 @@ def run(study: Study, row: str, widths: str, seed: int, candidate: float | None 
             return dict(json.loads(file.read_text(encoding="utf-8")))
         loader, loss = study.crops()
         seed_everything(0, loader)
-        batches = [batch for batch, _ in zip(loader, range(CALIBRATION_BATCHES), strict=False)]
+        first = [batch for batch, _ in zip(loader, range(CALIBRATION_BATCHES), strict=False)]
+        batches = [moved(batch, study.device) for batch in first]
         torch.manual_seed(seed)
         result: dict[str, Any] = {"row": row, "widths": widths, "fold": study.fold, "seed": seed}
+        if study.device != "cpu":
+            result["device"] = study.device
         network = study.network()
         with contextlib.redirect_stdout(sys.stderr):  # peers print what they do
             if row in PEERS or row == EQUALIZED_PEER:
@@ -401,7 +416,7 @@ def run(study: Study, row: str, widths: str, seed: int, candidate: float | None 
                 network = ours(study, row, widths, batches, loss, study.out / study.kind / widths)
         rate = learning_rate(study.kind, row, widths) if candidate is None else candidate
         if row in RECIPE:
-            network = shipped(study, row, widths, seed, rate, loader, loss, batches, folder)
+            network = shipped(study, row, widths, seed, rate, loader, loss, first, folder)
             result |= {"learning_rate": rate, "steps": study.epochs * len(loader)}
         elif row != FLOAT:
             mine = row in PARTS
@@ -418,7 +433,7 @@ def run(study: Study, row: str, widths: str, seed: int, candidate: float | None 
                 reestimate_norms(network, batches)
         uq.strip(network.eval())
         if row in (*PARTS, *RECIPE):
-            work = workload(network, torch.zeros(1, 1, 200, 200))
+            work = workload(network, torch.zeros(1, 1, 200, 200, device=study.device))
             cost = layer_costs(work.units, uq.plan_of(network), work.other_parameters)
             result |= {"weight_bytes": cost.weight_bytes, "bops": cost.bops}
         if row in PARTS:
@@ -822,11 +837,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--candidates", type=float, nargs="+", default=[], metavar="RATE",
         help="learning rates that are compared on the validation cases; no row is tested then",
     )  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="where to train, such as cuda (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.kind == "page":
         write_page("ssqat", options.out, options.page, MARKS, markdown)
         return 0
-    study = replace(study_of(options), scale=options.scale, metric=options.metric)
+    check_device(options.device)
+    study = study_of(options)
+    comparison = replace(study.comparison, device=options.device)
+    study = replace(study, comparison=comparison, scale=options.scale, metric=options.metric)
     rates: list[float | None] = list(options.candidates) or [None]
     jobs: list[tuple[int, str, str, int, float | None]] = []
     for fold in options.folds:

@@ -250,6 +250,23 @@ def test_a_run_of_seconds(study: ModuleType, tmp_path: Path, monkeypatch: pytest
     assert json.loads((pages / "ssqat-em.json").read_text()) == document
 
 
+def test_a_device_that_is_not_there(
+    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    arguments = ["em", "--dataset", str(tmp_path), "--study", str(tmp_path), "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="device 'cuda' is not there"):
+        study.main([*arguments, "--device", "cuda"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_batches_move_with_all_else_that_they_hold(study: ModuleType) -> None:
+    batch = {"image": torch.zeros(1), "label": torch.ones(1), "case": ["a"]}
+    found = study.moved(batch, "meta")
+    assert found["image"].device.type == found["label"].device.type == "meta" and found["case"] == ["a"]
+    assert batch["image"].device.type == "cpu"
+
+
 def test_the_page_is_made_from_the_documents_beside_it(study: ModuleType, tmp_path: Path) -> None:
     pages, out = tmp_path / "pages", tmp_path / "out"
     pages.mkdir()
