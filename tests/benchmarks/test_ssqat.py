@@ -261,7 +261,7 @@ def test_a_device_that_is_not_there(
 
 
 def test_batches_move_with_all_else_that_they_hold(study: ModuleType) -> None:
-    batch = {"image": torch.zeros(1), "label": torch.ones(1), "case": ["a"]}
+    batch: dict[str, Any] = {"image": torch.zeros(1), "label": torch.ones(1), "case": ["a"]}
     found = study.moved(batch, "meta")
     assert found["image"].device.type == found["label"].device.type == "meta" and found["case"] == ["a"]
     assert batch["image"].device.type == "cpu"
