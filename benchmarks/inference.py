@@ -23,7 +23,6 @@ import numpy as np
 from tqdm import tqdm
 
 from monai_unetq.files import write_json
-from monai_unetq.recipe import versions
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.processors import features, processor_kind, write_page
@@ -328,6 +327,8 @@ def _size(folder: Path, pattern: str) -> int:
 def collected(out: Path) -> dict[str, Any]:
     """Everything that is there, as one document."""
     import os
+
+    from monai_unetq.recipe import versions
 
     def read(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from monai_unetq.files import write_json
-from monai_unetq.reproduction.pages import between
 
 __all__ = ["KINDS", "documents", "features", "processor_kind", "write_page"]
 
@@ -50,6 +49,10 @@ def write_page(
         FileNotFoundError: if there is no page.
         ValueError: if a mark is missing; nothing is written then.
     """
+    from monai_unetq.reproduction.pages import (
+        between,  # brings torch, which measured processes are to do without
+    )
+
     page, found = folder / f"{name}.md", {**documents(name, folder), processor_kind(): document}
     tables = markdown({kind: found[kind] for kind in KINDS if kind in found})
     text = between(page.read_text(encoding="utf-8"), *marks, tables)

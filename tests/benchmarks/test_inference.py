@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import ModuleType
 
 import pytest
@@ -58,3 +60,12 @@ def test_activation_layers_are_timed(inference: ModuleType) -> None:
     }
     page = inference.markdown({"vnni": document})
     assert page.count("100×300") == 4 and "| OpenVINO | tanh | 2.0 | 1.0 |" in page
+
+
+def test_a_measured_process_holds_nothing_but_its_engine() -> None:
+    code = "import sys; from benchmarks import inference; print(*({'torch', 'monai', 'scipy'} & set(sys.modules)))"
+    root = BENCHMARKS.parent
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root, timeout=120
+    )
+    assert not found.stdout.strip(), "its memory would be counted, too"
