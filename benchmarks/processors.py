@@ -49,9 +49,8 @@ def write_page(
         FileNotFoundError: if there is no page.
         ValueError: if a mark is missing; nothing is written then.
     """
-    from monai_unetq.reproduction.pages import (
-        between,  # brings torch, which measured processes are to do without
-    )
+    # Here, as it brings torch, which measured processes are to do without.
+    from monai_unetq.reproduction.pages import between
 
     page, found = folder / f"{name}.md", {**documents(name, folder), processor_kind(): document}
     tables = markdown({kind: found[kind] for kind in KINDS if kind in found})

@@ -59,6 +59,7 @@ _KEEP_SIGN = {
 _WITH_NUMBER = {"add", "add_", "mul", "mul_", "constant_pad_nd"}  # … and no number that they take is negative
 
 Pieces = tuple[tuple[int, bool], ...]
+"""Channels of each tensor in a concatenation, and whether they could be negative."""
 
 
 @dataclass(frozen=True)
@@ -193,9 +194,8 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.trace = Trace()
-        self.pieces: dict[
-            tuple[int, int], Pieces
-        ] = {}  # concatenation and axis, counted from the end → what is in it
+        # Concatenation and its axis, counted from the end → what is in it.
+        self.pieces: dict[tuple[int, int], Pieces] = {}
         self.stack: list[str] = []
         self.layer = ""  # the one that is running
         self._numbers = (
