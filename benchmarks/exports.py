@@ -2,7 +2,9 @@
 
 Small networks are trained for some steps on real slices (2D: EM) or volumes (3D: hippocampus), quantized, calibrated and
 exported; every target then runs on images that were not trained on. Compared are the integers at the last layer's input,
-the logits and the labels, and what OpenVINO runs in INT8. Everything is kept in --out and not done twice.
+the logits and the labels, and what OpenVINO runs in INT8. Two controls tell causes: PyTorch in float32 against itself in
+float64, and each engine running the same file without its kernels of integers. Everything is kept in --out and not done
+twice.
 """
 
 from __future__ import annotations
@@ -48,6 +50,10 @@ examples:
 MARKS = "<!-- made by benchmarks/exports.py -->", "<!-- end -->"
 STEPS = 40
 ENGINES = ("onnxruntime", "openvino", "qonnx", "integer")
+CONTROL = "float64"
+FREE = "free sizes"
+"""ONNX Runtime on a model whose image sizes are free, traced at ``Case.size`` and run at half as much again."""
+COLUMNS = ("onnxruntime", FREE, *ENGINES[1:])
 PLANS: dict[str, dict[str, str]] = {
     "W8A8": {"weights": "int8", "activations": "int8", "input": "uint8", "last": "int8"},
     "W7A8": {"weights": "int7", "activations": "int8", "input": "uint8", "last": "int7"},
@@ -215,10 +221,12 @@ def quantized(network: nn.Module, plan_name: str, split: bool, batches: Sequence
 
 
 def compared(
-    model: onnx.ModelProto, run: Callable[[onnx.ModelProto, np.ndarray], list[np.ndarray]], image: np.ndarray,
-    expected: np.ndarray, codes: np.ndarray | None,
+    model: onnx.ModelProto, run: Callable[[onnx.ModelProto, np.ndarray, bool], list[np.ndarray]], image: np.ndarray,
+    expected: np.ndarray, codes: np.ndarray,
 ) -> dict[str, Any]:  # fmt: skip
-    """Logits, labels, and integers at the last layer's input of one engine, against fake quantization's."""
+    """Logits, labels, and integers at the last layer's input of one engine, against fake quantization's; and its logits in
+    float where they are not the same.
+    """
     held = copy.deepcopy(model)
     name = last_codes(held)
     if name is not None:
@@ -226,13 +234,21 @@ def compared(
         known = [v for v in held.graph.value_info if v.name == name]
         if known:
             held.graph.output[-1].CopyFrom(known[0])
-    logits, *rest = run(held, image)
+    logits, *rest = run(held, image, True)
     result: dict[str, Any] = difference(logits, expected)
-    if rest and codes is not None:
-        found = rest[0].astype(np.int64) - (128 if offset_of(held, name) else 0)
-        result["codes_within_1"] = float(np.mean(np.abs(found - codes) <= 1))
-        result["codes_equal"] = float(np.mean(found == codes))
+    if rest:
+        result |= apart(rest[0].astype(np.int64) - (128 if offset_of(held, name) else 0), codes)
+    if not result["equal"]:
+        result["in_float"] = difference(run(model, image, False)[0], expected)
     return result
+
+
+def apart(found: np.ndarray, codes: np.ndarray) -> dict[str, float]:
+    """How many integers are the same, and how many at most a step away."""
+    return {
+        "codes_within_1": float(np.mean(np.abs(found - codes) <= 1)),
+        "codes_equal": float(np.mean(found == codes)),
+    }
 
 
 def difference(logits: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
@@ -263,29 +279,35 @@ def offset_of(model: onnx.ModelProto, name: str | None) -> bool:
     return bool(readers) and int(constants[readers[0].input[2]]) == 128
 
 
-def by_onnxruntime(model: onnx.ModelProto, image: np.ndarray) -> list[np.ndarray]:
-    """Outputs by ONNX Runtime as it optimizes."""
+def by_onnxruntime(model: onnx.ModelProto, image: np.ndarray, integers: bool = True) -> list[np.ndarray]:
+    """Outputs by ONNX Runtime as it optimizes; without, every node runs as it is written, convolutions in float."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    if not integers:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     return list(session.run(None, {"image": image}))
 
 
-def by_openvino(model: onnx.ModelProto, image: np.ndarray) -> list[np.ndarray]:
-    """Outputs by OpenVINO's CPU plugin, float32 where it is not INT8."""
-    compiled = _compiled(model, image.shape)
+def by_openvino(model: onnx.ModelProto, image: np.ndarray, integers: bool = True) -> list[np.ndarray]:
+    """Outputs by OpenVINO's CPU plugin, float32 where it is not INT8; without integers, all of it."""
+    compiled = _compiled(model, image.shape, integers)
     found = compiled(image)
     return [np.array(found[i]) for i in range(len(compiled.outputs))]
 
 
-def _compiled(model: onnx.ModelProto, shape: Sequence[int]) -> Any:
+def _compiled(model: onnx.ModelProto, shape: Sequence[int], integers: bool = True) -> Any:
     import openvino
 
     from monai_unetq.deploy.openvino import read
 
     found = read(model)
     found.reshape(list(shape))
-    return openvino.Core().compile_model(found, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    options = {"INFERENCE_PRECISION_HINT": "f32", **({} if integers else {"LP_TRANSFORMS_MODE": "NO"})}
+    return openvino.Core().compile_model(found, "CPU", options)
 
 
 def by_qonnx(model: onnx.ModelProto, image: np.ndarray) -> np.ndarray:
@@ -309,30 +331,50 @@ def int8_layers(model: onnx.ModelProto, shape: Sequence[int]) -> tuple[float, li
     ]
 
 
-def verified(network: nn.Module, image: Tensor, holds: bool) -> dict[str, Any]:
-    """All targets of one quantized network on one image."""
+def verified(network: nn.Module, image: Tensor, larger: Tensor, holds: bool) -> dict[str, Any]:
+    """All targets of one quantized network on one image, and ONNX Runtime with free sizes on a larger one."""
     folded = uq.fold(copy.deepcopy(network), image[:1])
-    last = quantized_layers(folded)[observe(folded, image[:1]).layers()[-1]]
-    (quantizer,) = last.input_quantizers.values()
+    last_name = observe(folded, image[:1]).layers()[-1]
+    (quantizer,) = quantized_layers(folded)[last_name].input_quantizers.values()
     seen: list[Tensor] = []
     hook = quantizer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         expected = folded(image).numpy()
         hook.remove()
         codes = quantizer.codes(seen[0]).numpy()
-        exact = copy.deepcopy(folded).double()(image.double()).numpy()
+        double = copy.deepcopy(folded).double()
+        (quantizer,) = quantized_layers(double)[last_name].input_quantizers.values()
+        quantizer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        exact = double(image.double()).numpy()
     traced = trace(network, image, dynamic=False)
     array = image.numpy()
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {
+        CONTROL: difference(expected, exact) | apart(quantizer.codes(seen[1]).numpy(), codes)
+    }
     lowered = to_qdq(traced)
     found["onnxruntime"] = compared(lowered.model, by_onnxruntime, array, expected, codes)
     found["onnxruntime"]["notes"] = lowered.notes
+    found[FREE] = by_free_sizes(folded, network, image, larger)
     lowered = to_qdq(traced, target="openvino", shuffled=processor_kind() == "avx2")
     found["openvino"] = compared(lowered.model, by_openvino, array, expected, codes)
     share, floats = int8_layers(lowered.model, image.shape)
     found["openvino"] |= {"notes": lowered.notes, "int8_macs": share, "float_layers": floats}
     found["qonnx"] = difference(by_qonnx(to_qonnx(traced).model, array), expected)
     found["integer"] = by_integers(traced, network, array, exact) if holds else {"refused": _refusal(traced)}
+    return found
+
+
+def by_free_sizes(folded: nn.Module, network: nn.Module, image: Tensor, larger: Tensor) -> dict[str, Any]:
+    """ONNX Runtime, on an image of another size than the model was traced at, and of one in place of two in the batch."""
+    traced = trace(network, image)
+    if not set(range(2, image.dim())) <= set(traced.dynamic):
+        return {"refused": "the network has the size of its image"}
+    with torch.no_grad():
+        expected = folded(larger).numpy()
+    lowered = to_qdq(traced)
+    found = difference(by_onnxruntime(lowered.model, larger.numpy())[0], expected)
+    if not found["equal"]:
+        found["in_float"] = difference(by_onnxruntime(lowered.model, larger.numpy(), False)[0], expected)
     return found
 
 
@@ -386,8 +428,15 @@ def run(options: argparse.Namespace) -> None:
         batches = [crops(*learned, case.size, 4, 1000 + i)[0] for i in range(2)]
         network = quantized(trained[name], plan, split, batches)
         case.prepare(network)
-        image = crops(*images_of(folder, dimensions, "test"), case.size, 2, 0)[0]
-        result = {"network": name, "plan": plan, "split": split, **verified(network, image, case.holds)}
+        tests = images_of(folder, dimensions, "test")
+        image = crops(*tests, case.size, 2, 0)[0]
+        larger = crops(*tests, [size * 3 // 2 for size in case.size], 1, 0)[0]
+        result = {
+            "network": name,
+            "plan": plan,
+            "split": split,
+            **verified(network, image, larger, case.holds),
+        }
         options.out.mkdir(parents=True, exist_ok=True)
         write_json(file, result)
         tqdm.write(f"{name} {plan} {'split' if split else ''}: {_line(result)}")
@@ -395,7 +444,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _line(result: Mapping[str, Any]) -> str:
-    return ", ".join(f"{engine} {_cell(result[engine])}" for engine in ENGINES)
+    return ", ".join(f"{engine} {_cell(result[engine])}" for engine in COLUMNS)
 
 
 def _short(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -406,9 +455,12 @@ def _short(found: Mapping[str, Any]) -> dict[str, Any]:
             for key, value in found.items()
             if key in ("equal", "int8_macs") or (key == "notes" and value)
         }
+    rounded: dict[type, Callable[[Any], Any]] = {float: lambda value: round(value, 6), dict: _short}
     return {
-        key: round(value, 6) if isinstance(value, float) else value for key, value in found.items() if value not in ({}, [])
-    }  # fmt: skip
+        key: rounded.get(type(value), lambda value: value)(value)
+        for key, value in found.items()
+        if value not in ({}, [])
+    }
 
 
 def collected(out: Path) -> dict[str, Any]:
@@ -416,7 +468,9 @@ def collected(out: Path) -> dict[str, Any]:
 
     def read(file: Path) -> dict[str, Any]:
         case = json.loads(file.read_text(encoding="utf-8"))
-        return {key: _short(value) if key in ENGINES else value for key, value in case.items()}
+        return {
+            key: _short(value) if key in (*ENGINES, FREE, CONTROL) else value for key, value in case.items()
+        }
 
     files = [file for file in sorted(out.glob("*.json")) if file.name != "exports.json"]
     return {
@@ -456,11 +510,11 @@ def tables(document: Mapping[str, Any]) -> list[str]:
         "",
         f"Processor: {document['processor']}. {', '.join(f'{k} {v}' for k, v in document['versions'].items())}.",
         "",
-        "| network | plan | split | ONNX Runtime | OpenVINO | QONNX | integers | INT8 MACs |",
-        "|---|---|---|---:|---:|---:|---:|---:|",
+        "| network | plan | split | ONNX Runtime | free sizes | OpenVINO | QONNX | integers | INT8 MACs |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for case in document["cases"]:
-        cells = [_cell(case[engine]) for engine in ENGINES]
+        cells = [_cell(case[engine]) if engine in case else "" for engine in COLUMNS]
         share = f"{case['openvino']['int8_macs']:.1%}"
         lines.append(
             f"| {case['network']} | {case['plan']} | {'yes' if case['split'] else ''} | {' | '.join(cells)} | {share} |"
@@ -469,22 +523,44 @@ def tables(document: Mapping[str, Any]) -> list[str]:
 
 
 def exceptions(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every cell that is not equal, with its numbers."""
+    """Every cell that is not equal, with its numbers and its cause."""
     lines = [
-        "| exception | largest logit | labels | codes equal | codes within 1 |",
-        "|---|---:|---:|---:|---:|",
+        "| exception | largest logit | labels | codes equal | codes within 1 | labels, in float | labels, float64 | cause |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for case in found:
-        for engine in ENGINES:
-            one = case[engine]
+        for engine in COLUMNS:
+            one = case.get(engine, {})
             if one.get("equal", True):
                 continue
             codes = [f"{one[key]:.2%}" if key in one else "" for key in ("codes_equal", "codes_within_1")]
+            controls = [_cell(one["in_float"]) if "in_float" in one else ""]
+            controls += [_cell(case[CONTROL]) if CONTROL in case else ""]
             title = f"{case['network']}, {case['plan']}{', split' if case['split'] else ''}: {engine}"
-            lines.append(
-                f"| {title} | {one['largest']:.1%} | {one['labels_differ']:.2%} | {' | '.join(codes)} |"
-            )
+            cells = [
+                f"{one['largest']:.1%}",
+                f"{one['labels_differ']:.2%}",
+                *codes,
+                *controls,
+                cause(case, engine),
+            ]
+            lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
+
+
+def cause(case: Mapping[str, Any], engine: str) -> str:
+    """Of an engine's difference, as far as the two controls tell it; nothing where they were not run."""
+    if CONTROL not in case:
+        return ""
+    one = case[engine]
+    # What integers change: the same file in float gives other labels, or (all sums being exact) the same logits.
+    in_float = one.get("in_float", one)
+    if in_float["equal"]:
+        return "integer kernels"
+    if case[CONTROL]["equal"]:
+        return "unknown"
+    more = one["labels_differ"] - in_float["labels_differ"]
+    return "float sums" if more <= case[CONTROL]["labels_differ"] else "float sums, integer kernels"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

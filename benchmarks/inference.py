@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from monai_unetq.files import write_json
@@ -53,6 +54,10 @@ FILES = {
 """Engine → what it runs; else the float network."""
 REFERENCE = "torch float32"
 PEER = "OpenVINO, NNCF"
+IN_TURNS = (PEER, "OpenVINO, ours", "OpenVINO, ours, split")
+"""What is compared once more in one process, run by run: processes that run minutes apart meet another load."""
+RESAMPLES = 2000
+"""Of the bootstrap."""
 SLOW = 10.0
 """Seconds; an engine that takes longer runs once in each round."""
 
@@ -178,6 +183,21 @@ def measure(engine: str, name: str, norm: str, folder: Path, repeats: int) -> di
     return {"seconds": min(times), "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
+def measure_in_turns(name: str, norm: str, folder: Path, turns: int) -> dict[str, list[float]]:
+    """Seconds of every run of the engines ``IN_TURNS``, each turn beginning with another one."""
+    runs = {engine: runner(engine, name, norm, folder) for engine in IN_TURNS}
+    image = np.random.default_rng(0).normal(size=(1, 1, *SIZES[name])).astype(np.float32)
+    seconds: dict[str, list[float]] = {engine: [] for engine in runs}
+    for run in runs.values():
+        run(image)
+    order = list(runs)
+    for _ in range(turns):
+        order = [*order[1:], order[0]]
+        for engine in order:
+            seconds[engine].append(_timed(partial(runs[engine], image)))
+    return seconds
+
+
 def activations(repeats: int) -> list[dict[str, Any]]:
     """The 2019 paper's table: ReLU and tanh of small tensors, float and rounded to INT8, in both engines."""
     import onnxruntime
@@ -272,47 +292,54 @@ def run(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.networks:
         for norm in NORMS:
-            result = options.out / f"{name}-{norm}.json"
-            if result.exists():
+            apart, together = (options.out / f"{name}-{norm}{end}.json" for end in ("", "-turns"))
+            if apart.exists() and together.exists():
                 continue
             with tempfile.TemporaryDirectory() as scratch:
                 folder = Path(scratch)
-                command = [sys.executable, __file__]
-                subprocess.run(
-                    [*command, "prepare", "--out", str(folder), "--networks", name, "--norm", norm],
-                    check=True,
-                )
-                engines = [engine for engine in ENGINES if "bf16" not in engine or has_bf16()]
-                engines = [engine for engine in engines if "float norms" not in engine or norm == "instance"]
-                found: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
-                turns = [(r, engine) for r in range(options.rounds) for engine in engines]
-                for _, engine in tqdm(turns, desc=f"{name}, {norm} norm", unit="run", disable=None):
-                    printed = subprocess.run(
-                        [*command, "measure", "--out", str(folder), "--networks", name, "--norm", norm, "--engine", engine],
-                        check=True, capture_output=True, text=True,
-                    ).stdout  # fmt: skip
-                    found[engine].append(json.loads(printed.splitlines()[-1]))
-                sizes = {
-                    "float32 ONNX": _size(folder, "float.onnx*"), "our ONNX": _size(folder / "onnx", "model.onnx"),
-                    "float32 IR": _size(folder, "float.bin"), "our IR": _size(folder / "openvino", "model.bin"),
-                    "NNCF IR": _size(folder, "nncf.bin"),
-                }  # fmt: skip
-            write_json(
-                result,
-                {
-                    "network": name, "norm": norm, "size": list(SIZES[name]), "features": FEATURES[name], "bytes": sizes,
-                    "engines": {
-                        engine: {
-                            "seconds": min(one["seconds"] for one in rounds),
-                            "peak_mib": max(one["peak_mib"] for one in rounds),
-                        }
-                        for engine, rounds in found.items()
-                    },
-                },
-            )  # fmt: skip
+                _started("prepare", folder, name, norm)
+                if not apart.exists():
+                    write_json(apart, _apart(name, norm, folder, options.rounds, options.repeats))
+                if not together.exists():
+                    write_json(together, _started("turns", folder, name, norm, "--turns", str(options.turns)))
     file = options.out / "activations.json"
     if not file.exists():
         write_json(file, {"rows": activations(300), "networks": whole_networks(20)})
+
+
+def _apart(name: str, norm: str, folder: Path, rounds: int, repeats: int) -> dict[str, Any]:
+    """All engines of one network, each in a process of its own, in rounds."""
+    engines = [engine for engine in ENGINES if "bf16" not in engine or has_bf16()]
+    engines = [engine for engine in engines if "float norms" not in engine or norm == "instance"]
+    found: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
+    turns = [(r, engine) for r in range(rounds) for engine in engines]
+    for _, engine in tqdm(turns, desc=f"{name}, {norm} norm", unit="run", disable=None):
+        how = ("--engine", engine, "--repeats", str(repeats))
+        found[engine].append(_started("measure", folder, name, norm, *how))
+    sizes = {
+        "float32 ONNX": _size(folder, "float.onnx*"), "our ONNX": _size(folder / "onnx", "model.onnx"),
+        "float32 IR": _size(folder, "float.bin"), "our IR": _size(folder / "openvino", "model.bin"),
+        "NNCF IR": _size(folder, "nncf.bin"),
+    }  # fmt: skip
+    return {
+        "network": name, "norm": norm, "size": list(SIZES[name]), "features": FEATURES[name], "bytes": sizes,
+        "repeats": repeats,
+        "engines": {
+            engine: {
+                "seconds": min(one["seconds"] for one in measured),
+                "rounds": [one["seconds"] for one in measured],
+                "peak_mib": max(one["peak_mib"] for one in measured),
+            }
+            for engine, measured in found.items()
+        },
+    }  # fmt: skip
+
+
+def _started(what: str, folder: Path, name: str, norm: str, *options: str) -> Any:
+    """What this script prints in a process of its own."""
+    command = [sys.executable, __file__, what, "--out", str(folder), "--networks", name, "--norm", norm]
+    printed = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return None if what == "prepare" else json.loads(printed.splitlines()[-1])
 
 
 def has_bf16() -> bool:
@@ -333,10 +360,16 @@ def collected(out: Path) -> dict[str, Any]:
     def read(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
 
+    def turns(file: Path) -> dict[str, Any]:
+        return {"turns": read(file)} if file.exists() else {}
+
     return {
         "versions": versions("onnxruntime", "openvino", "nncf"),
         "processor": f"{os.cpu_count()} cores, {(features() or ['unknown'])[0]}",
-        "networks": [read(out / f"{n}-{k}.json") for n in SIZES for k in NORMS if (out / f"{n}-{k}.json").exists()],
+        "networks": [
+            {**read(out / f"{n}-{k}.json"), **turns(out / f"{n}-{k}-turns.json")}
+            for n in SIZES for k in NORMS if (out / f"{n}-{k}.json").exists()
+        ],
         "activations": read(out / "activations.json") if (out / "activations.json").exists() else {"rows": [], "networks": []},
     }  # fmt: skip
 
@@ -372,6 +405,8 @@ def tables(document: Mapping[str, Any]) -> list[str]:
             "",
             f"Files: our ONNX {held['our ONNX'] / held['float32 ONNX']:.3f} of float32's, our IR's weights "
             f"{held['our IR'] / held['float32 IR']:.3f}, NNCF's {held['NNCF IR'] / held['float32 IR']:.3f}.",
+            *_rounds(one),
+            *_in_turns(one),
         ]
     lines += ["", "### Activation layers alone", "", "| engine | layer | shape | float32 [µs] | INT8 [µs] |", "|---|---|---|---:|---:|"]  # fmt: skip
     rows = {
@@ -394,16 +429,52 @@ def tables(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _rounds(one: Mapping[str, Any]) -> list[str]:
+    """How often it was measured, and how far the rounds are apart; documents of before do not have it."""
+    if "repeats" not in one:
+        return []
+    rounds = {engine: np.array(found["rounds"]) for engine, found in one["engines"].items()}
+    slower = {engine: found.max() / found.min() - 1 for engine, found in rounds.items()}
+    worst = max(slower, key=lambda engine: slower[engine])
+    return [
+        "",
+        f"{len(rounds[PEER])} rounds of {one['repeats']}; a round's best is up to {100 * slower[worst]:.0f} % slower than the "
+        f"best of all ({worst}).",
+    ]  # fmt: skip
+
+
+def _in_turns(one: Mapping[str, Any]) -> list[str]:
+    """The ratios that are asked for, of what ran in turns in one process."""
+    if "turns" not in one:
+        return []
+    seconds = {engine: np.array(found) for engine, found in one["turns"].items()}
+    peer, whole, split = (seconds[engine] for engine in IN_TURNS)
+    return [
+        "",
+        f"In turns in one process, {len(peer)} times; median of the ratios and its 95 % interval: ours is {_median(peer / whole)} "
+        f"times as fast as NNCF's, split {_median(peer / split)} times; split takes {_median(split / whole)} times what whole "
+        "takes.",
+    ]  # fmt: skip
+
+
+def _median(ratios: NDArray[np.floating]) -> str:
+    """The median, and the bootstrap's interval of it."""
+    drawn = np.random.default_rng(0).choice(ratios, (RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    return f"{np.median(ratios):.3f} [{low:.3f}, {high:.3f}]"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, or write the page; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("run", "page", "prepare", "measure"), help="run, or write the page; the others are what run starts")  # fmt: skip
+    parser.add_argument("what", choices=("run", "page", "prepare", "measure", "turns"), help="run, or write the page; the others are what run starts")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results")
     parser.add_argument("--networks", nargs="+", choices=tuple(SIZES), default=tuple(SIZES), metavar="NAME")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="in each (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=40, metavar="N", help="of OpenVINO's INT8 in one process (default: %(default)s)")  # fmt: skip
     parser.add_argument("--norm", choices=NORMS, help=argparse.SUPPRESS)
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument(
@@ -412,12 +483,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.what == "prepare":
         prepare(options.networks[0], options.norm, options.out)
-    elif options.what == "measure":
-        print(
-            json.dumps(
-                measure(options.engine, options.networks[0], options.norm, options.out, options.repeats)
-            )
+    elif options.what in ("measure", "turns"):
+        what = options.networks[0], options.norm, options.out
+        found: Any = (
+            measure(options.engine, *what, options.repeats)
+            if options.what == "measure"
+            else measure_in_turns(*what, options.turns)
         )
+        print(json.dumps(found))
     elif options.what == "page":
         write_page("inference", collected(options.out), options.page, MARKS, markdown)
     else:

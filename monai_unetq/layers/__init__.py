@@ -9,7 +9,7 @@ from .quantized import (
     is_quantizable,
     quantize_layer,
 )
-from .split import SPLIT_LAYERS, SplitLayer, split_layer
+from .split import SPLIT_LAYERS, PartQuantizers, SplitLayer, split_layer
 from .supervision import SupervisionHead
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "QUANTIZED_LAYERS",
     "SPLIT_LAYERS",
     "PairedNorm",
+    "PartQuantizers",
     "QuantizedLayer",
     "SplitLayer",
     "SupervisionHead",

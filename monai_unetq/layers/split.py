@@ -8,14 +8,14 @@ to its own format at its own scale (Guo et al., ISCAS 2022, split convolution; d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..parts import Part, check_part_names, decode, encode, state_key
-from ..quantizers import Quantizer
+from ..quantizers import Quantizer, learned_fake_quantize_parts, recorded
 
 __all__ = ["SPLIT_LAYERS", "PartQuantizers", "SplitLayer", "split_layer"]
 
@@ -118,6 +118,9 @@ class PartQuantizers(nn.Module):
         quantizers: by part.
         parts: in the order of the channels.
         axis: where the channels are; counted from the end, it holds with and without a batch axis.
+
+    Attributes:
+        taps: part → what is called with that part of every result, rounded; no state.
     """
 
     def __init__(self, quantizers: Mapping[str, Quantizer], parts: Sequence[Part], axis: int) -> None:
@@ -126,6 +129,7 @@ class PartQuantizers(nn.Module):
         self.register_buffer("parts", torch.tensor(encode(parts), dtype=torch.int32, device=device))
         self._parts = tuple(parts)
         self._axis = axis
+        self.taps: dict[str, Callable[[Tensor], None]] = {}
         for part in parts:
             self.add_module(state_key(part.name), quantizers[part.name])
 
@@ -135,12 +139,26 @@ class PartQuantizers(nn.Module):
 
     def forward(self, tensor: Tensor) -> Tensor:
         """The tensor, each part rounded by its own quantizer; the same shape."""
-        quantizers = self.by_name().values()
-        if not any(quantizer.rounds or quantizer.observer is not None for quantizer in quantizers):
+        quantizers = self.by_name()
+        if not any(q.rounds or q.observer is not None for q in quantizers.values()):
             return tensor
-        pieces = tensor.split([part.channels for part in self._parts], self._axis)
-        rounded = [quantizer(piece) for quantizer, piece in zip(quantizers, pieces, strict=True)]
-        return torch.cat(rounded, self._axis)
+        sizes = [part.channels for part in self._parts]
+        if _at_once(tensor, quantizers.values()):
+            limits = [(q.number_format.qmin, q.number_format.qmax) for q in quantizers.values()]
+            scales, apart = [q.scale for q in quantizers.values()], [name in self.taps for name in quantizers]
+            whole, *tapped = learned_fake_quantize_parts(tensor, scales, limits, sizes, self._axis, apart)
+            wanted = [name for name in quantizers if name in self.taps]
+        else:
+            wanted = list(quantizers)
+            tapped = [
+                q(piece)
+                for q, piece in zip(quantizers.values(), tensor.split(sizes, self._axis), strict=True)
+            ]
+            whole = torch.cat(tapped, self._axis)
+        for name, piece in zip(wanted, tapped, strict=True):
+            if name in self.taps:
+                self.taps[name](piece)
+        return whole
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -158,6 +176,22 @@ class PartQuantizers(nn.Module):
     def extra_repr(self) -> str:
         """The channels of each part."""
         return describe(self._parts)
+
+
+def _at_once(tensor: Tensor, quantizers: Iterable[Quantizer]) -> bool:
+    """Whether parts are rounded without being cut out and joined: in training on a CPU, each with one learned scale, and
+    where nobody watches the quantizers.
+    """
+    if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.float64):
+        return False
+    return (
+        torch.is_grad_enabled()
+        and not recorded()
+        and all(
+            q.rounds_evenly and q.learns and not (q.channels or q._forward_hooks or q._forward_pre_hooks)
+            for q in quantizers
+        )
+    )
 
 
 def _stored(parts: Tensor) -> str:

@@ -1,6 +1,13 @@
 """How one tensor is rounded in training, and how its scale is found."""
 
-from .functional import fake_quantize, learned_fake_quantize, literal_fake_quantize, to_codes
+from .functional import (
+    fake_quantize,
+    learned_fake_quantize,
+    learned_fake_quantize_parts,
+    literal_fake_quantize,
+    recorded,
+    to_codes,
+)
 from .low_bit import (
     power_of_two_codes,
     power_of_two_weights,
@@ -21,9 +28,11 @@ __all__ = [
     "fake_quantize",
     "find_scale",
     "learned_fake_quantize",
+    "learned_fake_quantize_parts",
     "literal_fake_quantize",
     "power_of_two_codes",
     "power_of_two_weights",
+    "recorded",
     "round_to_power_of_two",
     "sign_codes",
     "sign_quantize",

@@ -8,12 +8,20 @@ through as NaN. They are a few vectorized passes over pieces that stay in the ca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["fake_quantize", "learned_fake_quantize", "literal_fake_quantize", "to_codes"]
+__all__ = [
+    "fake_quantize",
+    "learned_fake_quantize",
+    "learned_fake_quantize_parts",
+    "literal_fake_quantize",
+    "recorded",
+    "to_codes",
+]
 
 
 _PIECE = 1 << 17
@@ -76,31 +84,97 @@ class _LearnedFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensor, scale, quantized = ctx.saved_tensors
-        grad, slope = grads[0], torch.zeros_like(scale)
-        # d quantized / d scale is round(x/s) - x/s inside the range and the code itself outside. The difference
-        # is taken value by value: of two sums over all values float32 would leave little (at 8 bits a fifth of
-        # it was lost, at 12 all).
-        if scale.dim():
-            inside = _inside(grad, tensor, scale, *ctx.limits)
-            summed = [d for d, n in enumerate(scale.shape) if n == 1]
-            slope = torch.addcmul(grad * quantized, inside, tensor, value=-1).sum(summed, keepdim=True)
-        elif tensor.device.type == "cpu" and not (recorded() or torch.is_grad_enabled()):
-            inside, ends = torch.empty_like(tensor), _ends(scale, *ctx.limits)
-            for g, q, i, x in zip(*in_cache(grad, quantized, inside, tensor), strict=True):
-                torch.ops.aten.hardtanh_backward.grad_input(g, x, *ends, grad_input=i)
-                slope = slope + torch.mul(g, q).addcmul_(i, x, value=-1).sum()
+        grad = grads[0]
+        if scale.dim() == 0 and tensor.device.type == "cpu" and not (recorded() or torch.is_grad_enabled()):
+            inside = torch.empty_like(tensor)
+            slope = _straight_through([grad], tensor, quantized, scale, ctx.limits, inside)
         else:
             inside = _inside(grad, tensor, scale, *ctx.limits)
-            slope = torch.addcmul(grad * quantized, inside, tensor, value=-1).sum()
+            summed = [d for d, n in enumerate(scale.shape) if n == 1] if scale.dim() else None
+            slope = _slopes(grad, inside, tensor, quantized).sum(summed, keepdim=bool(scale.dim()))
         return inside, (slope * (ctx.gain / scale)).to(scale.dtype), None, None, None
 
 
-def _rounded(tensor: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
-    """scale · clamp(round(tensor / scale), qmin, qmax), in the tensor's memory format."""
+class _LearnedFakeQuantizeParts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tensor: Tensor,
+        sizes: list[int],
+        axis: int,
+        limits: Sequence[tuple[int, int]],
+        apart: Sequence[bool],
+        *scales: Tensor,
+    ) -> tuple[Tensor, ...]:
+        quantized = torch.empty_like(tensor)
+        pieces = quantized.split(sizes, axis)
+        for piece, out, scale, ends in zip(tensor.split(sizes, axis), pieces, scales, limits, strict=True):
+            _rounded(piece, scale, *ends, out)
+        ctx.save_for_backward(tensor, quantized, *scales)
+        ctx.sizes, ctx.axis, ctx.limits, ctx.apart = sizes, axis, limits, apart
+        ctx.set_materialize_grads(False)
+        return quantized, *(piece.clone() for piece, wanted in zip(pieces, apart, strict=True) if wanted)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensor, quantized, *scales = ctx.saved_tensors
+        whole = torch.zeros_like(tensor) if grads[0] is None else grads[0]
+        beside = iter(grads[1:])
+        inside = None if torch.is_grad_enabled() else torch.empty_like(tensor)
+        gradients, slopes = [], []
+        for number, (grad, x, q) in enumerate(
+            zip(*(t.split(ctx.sizes, ctx.axis) for t in (whole, tensor, quantized)), strict=True)
+        ):
+            scale, limits = scales[number], ctx.limits[number]
+            both = [grad, *(g for g in [next(beside)] if g is not None)] if ctx.apart[number] else [grad]
+            if inside is None:  # to be differentiated once more
+                total = both[0] if len(both) == 1 else both[0] + both[1]
+                gradients.append(_inside(total, x, scale, *limits))
+                slope = _slopes(total, gradients[-1], x, q).sum()
+            else:
+                here = inside.split(ctx.sizes, ctx.axis)[number]
+                slope = _straight_through(both, x, q, scale, limits, here)
+            slopes.append((slope * (_gain(x, scale, limits[1]) / scale)).to(scale.dtype))
+        gradient = torch.cat(gradients, ctx.axis) if inside is None else inside
+        return gradient, None, None, None, None, *slopes
+
+
+def _straight_through(
+    grads: Sequence[Tensor], tensor: Tensor, quantized: Tensor, scale: Tensor, limits: tuple[int, int], inside: Tensor
+) -> Tensor:  # fmt: skip
+    """Write the tensor's gradient into ``inside``; return the slope of the scale. The gradients given are summed.
+
+    On a CPU, for one scale, in pieces that stay in the cache.
+    """
+    slope, ends = torch.zeros_like(scale), _ends(scale, *limits)
+    for x, q, i, *some in zip(*in_cache(tensor, quantized, inside, *grads), strict=True):
+        g = some[0] if len(some) == 1 else some[0] + some[1]
+        torch.ops.aten.hardtanh_backward.grad_input(g, x, *ends, grad_input=i)
+        slope = slope + torch.mul(g, q).addcmul_(i, x, value=-1).sum()
+    return slope
+
+
+def _slopes(grad: Tensor, inside: Tensor, tensor: Tensor, quantized: Tensor) -> Tensor:
+    """What every value adds to the slope of its scale s, times s.
+
+    d quantized / d scale is round(x/s) - x/s inside the range and the code itself outside. The difference is taken value
+    by value: of two sums over all values float32 would leave little (at 8 bits a fifth of it was lost, at 12 all).
+    """
+    return torch.addcmul(grad * quantized, inside, tensor, value=-1)
+
+
+def _gain(tensor: Tensor, scale: Tensor, qmax: int) -> float:
+    """1 / √(N·qmax), N the number of values that share a scale (LSQ, section 2.2)."""
+    sharing = tensor.numel() // scale.numel()
+    return float(1.0 / (max(sharing, 1) * max(qmax, 1)) ** 0.5)
+
+
+def _rounded(tensor: Tensor, scale: Tensor, qmin: int, qmax: int, out: Tensor | None = None) -> Tensor:
+    """scale · clamp(round(tensor / scale), qmin, qmax), in the tensor's memory format, or written into ``out``."""
     inverse = scale.reciprocal()
-    if scale.dim() or recorded():
+    if out is None and (scale.dim() or recorded()):
         return torch.mul(tensor, inverse).round_().clamp_(qmin, qmax).mul_(scale)
-    out = torch.empty_like(tensor)
+    out = torch.empty_like(tensor) if out is None else out
     for x, y in zip(*in_cache(tensor, out), strict=True):
         torch.mul(x, inverse, out=y).round_().clamp_(qmin, qmax).mul_(scale)
     return out
@@ -181,9 +255,37 @@ def learned_fake_quantize(
     along = along_axis(scale, tensor, axis).to(tensor.dtype)
     if not torch.is_grad_enabled():
         return _rounded(tensor, along, qmin, qmax)
-    sharing = tensor.numel() // scale.numel()
-    gain = 1.0 / (max(sharing, 1) * max(qmax, 1)) ** 0.5
-    out = _LearnedFakeQuantize.apply(tensor, along, qmin, qmax, gain)
+    out = _LearnedFakeQuantize.apply(tensor, along, qmin, qmax, _gain(tensor, scale, qmax))
+    return out
+
+
+def learned_fake_quantize_parts(
+    tensor: Tensor,
+    scales: Sequence[Tensor],
+    limits: Sequence[tuple[int, int]],
+    sizes: Sequence[int],
+    axis: int,
+    apart: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """``learned_fake_quantize`` of parts that stand side by side, each at its own scale, without cutting and joining them.
+
+    For training on a CPU: the same values and gradients as cut, rounded and joined, in fewer passes over memory.
+
+    Args:
+        tensor: any shape, float32 or float64.
+        scales: of each part, 0-dim; positive; differentiable.
+        limits: of each part, lowest and highest code.
+        sizes: of each part along ``axis``.
+        axis: where the parts are.
+        apart: parts that are also wanted by themselves.
+
+    Returns:
+        the rounded tensor, and a copy of each part that is wanted apart.
+    """
+    scales = [scale.to(tensor.dtype) for scale in scales]
+    out: tuple[Tensor, ...] = _LearnedFakeQuantizeParts.apply(
+        tensor, list(sizes), axis, tuple(limits), tuple(apart), *scales
+    )
     return out
 
 

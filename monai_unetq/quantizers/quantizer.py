@@ -152,6 +152,18 @@ class Quantizer(nn.Module):
         return self.enabled and self.observer is None and not self.number_format.is_float
 
     @property
+    def rounds_evenly(self) -> bool:
+        """Whether ``forward`` rounds now to the codes of an even grid and nothing else is done:
+        ``learned_fake_quantize``, or without a learned scale ``fake_quantize``.
+        """
+        kind = self.number_format.kind
+        if not self.rounds or kind in ("literal", "pow2") or self.follows_weight:
+            return False
+        if not self.number_format.signed or kind not in ("binary", "ternary"):
+            return True
+        return kind == "ternary" and not (self.training and self.beta is not None)
+
+    @property
     def scale(self) -> Tensor:
         """The scale in use, () or (channels,), float32; differentiable where it is learned."""
         return self.scale_at(self.log2_scale)
@@ -195,7 +207,10 @@ class Quantizer(nn.Module):
                 self.observer.update(tensor)
             return tensor
         number_format, values = self.number_format, _wide(tensor)
-        if number_format.kind == "literal":
+        if self.rounds_evenly:
+            quantize = learned_fake_quantize if self.learns else fake_quantize
+            rounded = quantize(values, self.scale, number_format.qmin, number_format.qmax, self._axis)
+        elif number_format.kind == "literal":
             rounded = literal_fake_quantize(
                 tensor, number_format.integer_bits, number_format.fraction_bits, number_format.signed
             )
@@ -203,19 +218,12 @@ class Quantizer(nn.Module):
             rounded = self._round_incrementally(values)
         elif self.follows_weight:
             rounded = self._round_following(values)
-        elif number_format.signed and number_format.kind == "binary":
+        elif number_format.kind == "binary":
             rounded = sign_quantize(values, self._gained_scale(values), self._axis)
-        elif (
-            number_format.signed
-            and number_format.kind == "ternary"
-            and self.training
-            and self.beta is not None
-        ):
+        else:
+            assert self.beta is not None
             scale = along_axis(self._gained_scale(values), values, self._axis)
             rounded = scale * ternary_tanh(values / scale, self.beta)
-        else:
-            quantize = learned_fake_quantize if self._learns else fake_quantize
-            rounded = quantize(values, self.scale, number_format.qmin, number_format.qmax, self._axis)
         return rounded.to(tensor.dtype)
 
     def _round_incrementally(self, values: Tensor) -> Tensor:
@@ -226,7 +234,7 @@ class Quantizer(nn.Module):
 
     def _round_following(self, values: Tensor) -> Tensor:
         binary = self.number_format.kind == "binary"
-        if self._learns:
+        if self.learns:
             learned = sign_quantize if binary else ternary_weights
             return learned(values, self._gained_scale(values), self._axis)
         if self.training and torch.is_grad_enabled():
@@ -240,7 +248,7 @@ class Quantizer(nn.Module):
         return 0 if self.channels else None
 
     @property
-    def _learns(self) -> bool:
+    def learns(self) -> bool:
         """Whether the scale is trained now: a static format may be loaded into a quantizer that was built to learn."""
         return self.learned and not _always_power_of_two(self.number_format)
 
@@ -249,7 +257,7 @@ class Quantizer(nn.Module):
         1).
         """
         scale = self.scale
-        if not (self._learns and torch.is_grad_enabled()):
+        if not (self.learns and torch.is_grad_enabled()):
             return scale.detach()
         out: Tensor = _Gained.apply(scale, (scale.numel() / max(values.numel(), 1)) ** 0.5)
         return out
@@ -310,7 +318,7 @@ class Quantizer(nn.Module):
                 args[-1].append(f"{prefix}format_code: {error}")  # load_state_dict's list of errors
 
     def extra_repr(self) -> str:
-        scale = "learned" if self._learns else "the weight's own" if self.follows_weight else "calibrated"
+        scale = "learned" if self.learns else "the weight's own" if self.follows_weight else "calibrated"
         scale = scale if self.number_format.has_free_scale else "static"
         grid = ", per channel" if self.channels else ""
         return f"{self.number_format}, {scale}{grid}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ..layers import QuantizedLayer, SupervisionHead
+from ..layers import PartQuantizers, QuantizedLayer, SupervisionHead
 from ..parts import kind_of
 from .observe import example_for
 from .skips import SkipConvolution, find_skips
@@ -189,10 +189,10 @@ class _Tap:
         """Behind a quantized layer's input quantizer."""
         self._take(output)
 
-    def part(self, quantizer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Behind the quantizer of one part, before the parts are joined, which spares cutting it out again."""
+    def part(self, feature: Tensor) -> None:
+        """One part by itself, which spares cutting it out of the concatenation."""
         for number in self.numbers:
-            self.supervision.take(number, output)
+            self.supervision.take(number, feature)
 
     def _take(self, tensor: Tensor) -> None:
         for number in self.numbers:
@@ -257,8 +257,7 @@ def attach_supervision(
             for number in tap.numbers if module.parts else ():
                 reading = readings[number]
                 if module.part_channels.get(reading.part) == reading.channels:  # a plan may cut it otherwise
-                    quantizer = module.input_quantizers[reading.part]
-                    quantizer.register_forward_hook(_Tap(supervision, [number]).part)
+                    module.input_parts.taps[reading.part] = _Tap(supervision, [number]).part
             # Of a split layer, too: its parts' quantizers do not run while none of them rounds.
             place = module.input_parts if module.parts else module.input_quantizer
             place.register_forward_hook(tap.behind)
@@ -357,14 +356,23 @@ def strip(network: nn.Module) -> nn.Module:
                 (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
             ):
                 for key, hook in list(hooks.items()):
-                    owner = getattr(hook, "__self__", None)
-                    if (owner.supervision if isinstance(owner, _Tap) else owner) is supervision:
+                    if _belongs(hook, supervision):
                         del hooks[key]
                         with_kwargs.pop(key, None)
+            if isinstance(module, PartQuantizers):
+                module.taps = {
+                    part: tap for part, tap in module.taps.items() if not _belongs(tap, supervision)
+                }
         holder = network.get_submodule(name.rpartition(".")[0])
         if NAME in holder._modules:  # no longer where it is registered under several names
             delattr(holder, NAME)
     return network
+
+
+def _belongs(hook: Callable[..., Any], supervision: SkipSupervision) -> bool:
+    """Whether it is a method of these heads, or of one of their taps."""
+    owner = getattr(hook, "__self__", None)
+    return (owner.supervision if isinstance(owner, _Tap) else owner) is supervision
 
 
 def inference_state(network: nn.Module) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,15 +40,42 @@ def test_every_cell_that_is_not_equal_is_listed(exports: ModuleType) -> None:
         "codes_equal": 0.9,
         "codes_within_1": 0.99,
     }
-    case = {
+    case: dict[str, Any] = {
         "network": "A", "plan": "W8A8", "split": True, "onnxruntime": equal, "openvino": {**other, "int8_macs": 0.97},
         "qonnx": equal, "integer": {"refused": "no"},
     }  # fmt: skip
     document = {"processor": "x", "versions": {"onnx": "1"}, "cases": [case]}
     page = exports.markdown({"vnni": document})
-    assert "| A | W8A8 | yes | equal | 1.00% | equal | refused | 97.0% |" in page
-    assert "| A, W8A8, split: openvino | 25.0% | 1.00% | 90.00% | 99.00% |" in page
+    # A document of before the controls.
+    assert "| A | W8A8 | yes | equal |  | 1.00% | equal | refused | 97.0% |" in page
+    assert "| A, W8A8, split: openvino | 25.0% | 1.00% | 90.00% | 99.00% |  |  |  |" in page
     assert page.count("openvino |") == 1
+    case |= {exports.CONTROL: {**equal, "equal": False}, exports.FREE: {"refused": "no"}}
+    case["openvino"]["in_float"] = equal
+    page = exports.markdown({"vnni": document})
+    assert "| A | W8A8 | yes | equal | refused | 1.00% | equal | refused | 97.0% |" in page
+    assert "| 99.00% | equal | 0.00% | integer kernels |" in page
+
+
+@pytest.mark.parametrize(
+    ("engine", "in_float", "control", "cause"),
+    [
+        (0.01, 0.0, None, "integer kernels"),  # the same file in float is equal, and so is float64
+        (0.01, 0.0, 0.002, "integer kernels"),
+        (0.01, 0.01, 0.01, "float sums"),
+        (0.011, 0.008, 0.003, "float sums"),
+        (0.012, 0.008, 0.003, "float sums, integer kernels"),  # 0.4 % more, where float sums make 0.3 %
+        (0.01, 0.01, None, "unknown"),
+    ],
+)
+def test_causes_of_a_difference(
+    exports: ModuleType, engine: float, in_float: float, control: float | None, cause: str
+) -> None:
+    def found(share: float | None) -> dict[str, object]:
+        return {"equal": not share, "labels_differ": share or 0.0}
+
+    case = {"openvino": {**found(engine), "in_float": found(in_float)}, exports.CONTROL: found(control)}
+    assert exports.cause(case, "openvino") == cause
 
 
 def test_crops_lie_in_their_images(exports: ModuleType) -> None:
@@ -62,7 +90,7 @@ def test_crops_lie_in_their_images(exports: ModuleType) -> None:
 def test_one_case_on_all_targets(exports: ModuleType) -> None:
     pytest.importorskip("openvino")
     network = quantized(paper_unet, (1, 1, 16, 16), True)
-    found = exports.verified(network, torch.rand(2, 1, 16, 16), True)
-    assert all(found[engine]["equal"] for engine in exports.ENGINES)
+    found = exports.verified(network, torch.rand(2, 1, 16, 16), torch.rand(1, 1, 24, 24), True)
+    assert all(found[engine]["equal"] for engine in (*exports.COLUMNS, exports.CONTROL))
     assert found["onnxruntime"]["codes_equal"] == found["openvino"]["codes_within_1"] == 1
     assert found["openvino"]["int8_macs"] == 1 and found["openvino"]["float_layers"] == []

@@ -44,6 +44,35 @@ def test_ratios(inference: ModuleType) -> None:
     page = inference.markdown({"vnni": document})
     assert "| OpenVINO, ours | 200.0 | 5.00 | 1.25 | 100 |" in page
     assert "our ONNX 0.250 of float32's, our IR's weights 0.260, NNCF's 0.270" in page
+    assert "rounds" not in page  # as documents of before do not have them
+
+
+def test_ratios_of_what_ran_in_turns(inference: ModuleType) -> None:
+    turns = {
+        inference.PEER: [0.5, 0.25, 0.3], "OpenVINO, ours": [0.4, 0.25, 0.2], "OpenVINO, ours, split": [0.5, 0.2, 0.2]
+    }  # fmt: skip
+    rounds = {inference.REFERENCE: [2.0, 1.0], **turns}
+    document = {
+        "processor": "2 cores", "versions": {}, "activations": {"rows": [], "networks": []},
+        "networks": [
+            {
+                "network": "2d", "norm": "batch", "size": [256, 256], "features": [32, 64], "repeats": 8, "turns": turns,
+                "engines": {e: {"seconds": min(s), "rounds": s, "peak_mib": 100.0} for e, s in rounds.items()},
+                "bytes": {"float32 ONNX": 400, "our ONNX": 100, "float32 IR": 400, "our IR": 104, "NNCF IR": 108},
+            }
+        ],
+    }  # fmt: skip
+    page = inference.markdown({"vnni": document})
+    assert (
+        "3 rounds of 8; a round's best is up to 150 % slower than the best of all (OpenVINO, ours, split)"
+        in page
+    )
+    # 1.25, 1, 1.5; 1, 1.25, 1.5; 1.25, 0.8, 1: turn by turn.
+    assert (
+        "3 times; median of the ratios and its 95 % interval: ours is 1.250 [1.000, 1.500] times as fast"
+        in page
+    )
+    assert "split 1.250 [1.000, 1.500] times; split takes 1.000 [0.800, 1.250] times what whole takes" in page
 
 
 def test_activation_layers_are_timed(inference: ModuleType) -> None:

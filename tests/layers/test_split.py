@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,9 +22,11 @@ from monai_unetq.layers import (
     SplitLayer,
     dequantize_layer,
     quantize_layer,
+    split,
     split_layer,
 )
 from monai_unetq.parts import WHOLE, Part
+from monai_unetq.quantizers import learned_fake_quantize_parts
 
 SKIP, UP = 3, 5
 PARTS = (Part("skip", SKIP, "encoder"), Part("up", UP, "below"))
@@ -245,6 +249,79 @@ def test_gradients_are_those_of_the_halves(data: st.DataObject) -> None:
         ):
             found, expected = mine.log2_scale.grad, theirs.log2_scale.grad
             assert torch.allclose(found, expected, rtol=1e-6, atol=1e-9)  # type: ignore[arg-type]
+
+
+def _learned(channels_last: bool) -> tuple[QuantizedLayer, Tensor]:
+    torch.manual_seed(0)
+    layer = split_layer(nn.Conv2d(SKIP + UP, 3, 3, padding=1), PARTS)
+    quantized = quantize_layer(
+        layer,
+        QFormat("int8"),
+        {"skip": QFormat("uint3"), "up": QFormat("int4")},
+        power_of_two=False,
+        learned=True,
+    )
+    for scale, quantizer in zip((0.21, 0.4), quantized.input_quantizers.values(), strict=True):
+        quantizer.set_scale(torch.tensor(scale))
+    image = torch.randn(2, SKIP + UP, 40, 50)
+    return quantized, image.contiguous(memory_format=torch.channels_last) if channels_last else image
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("tapped", [(), ("skip",), ("up", "skip")])
+def test_rounded_at_once_is_cut_rounded_and_joined_bit_for_bit(
+    channels_last: bool, tapped: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients in training on a CPU, where parts are not cut out, against every quantizer by itself."""
+    at_once = mock.Mock(wraps=learned_fake_quantize_parts)
+    monkeypatch.setattr(split, "learned_fake_quantize_parts", at_once)
+    results = []
+    for watched in (False, True):
+        quantized, image = _learned(channels_last)
+        places = quantized.input_parts
+        if watched:
+            quantized.input_quantizers["up"].register_forward_hook(lambda *_: None)
+        found: dict[str, Tensor] = {}
+        places.taps = {part: partial(found.__setitem__, part) for part in tapped}
+        image.requires_grad_()
+        out = places(image)
+        assert set(found) == set(tapped)
+        loss = (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum()
+        for part in tapped:
+            loss = loss + (found[part].square() * 0.3).sum()
+        loss.backward()
+        scales = [quantizer.log2_scale.grad for quantizer in quantized.input_quantizers.values()]
+        results.append((out.detach(), *(found[part].detach() for part in tapped), image.grad, *scales))
+    at_once.assert_called_once()  # the second time a hook watches
+    for fast, slow in zip(*results, strict=True):
+        assert fast is not None and slow is not None and torch.equal(fast, slow)
+
+
+def test_a_part_that_is_tapped_learns_where_the_whole_is_not_used() -> None:
+    quantized, image = _learned(False)
+    found: dict[str, Tensor] = {}
+    quantized.input_parts.taps = {"skip": partial(found.__setitem__, "skip")}
+    image.requires_grad_()
+    quantized.input_parts(image)
+    found["skip"].sum().backward()
+    # 1 where it rounds to a code of 0 … 7, steps of 0.21; nothing for the other part.
+    inside = (image[:, :SKIP] > -0.105) & (image[:, :SKIP] < 7.5 * 0.21)
+    assert image.grad is not None
+    assert torch.equal(image.grad[:, :SKIP], inside.float()) and not image.grad[:, SKIP:].any()
+
+
+def test_parts_rounded_at_once_can_be_differentiated_twice() -> None:
+    """As Hessian-vector products need it: the gradient of a gradient against the one of the quantizers by themselves."""
+    seconds = []
+    for watched in (False, True):
+        quantized, image = _learned(False)
+        if watched:
+            quantized.input_quantizers["up"].register_forward_hook(lambda *_: None)
+        out = quantized(image.requires_grad_())
+        (first,) = torch.autograd.grad(out.pow(3).mean(), image, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), [image, quantized.weight]))
+    for fast, slow in zip(*seconds, strict=True):
+        torch.testing.assert_close(fast, slow)
 
 
 @pytest.mark.parametrize(

@@ -140,12 +140,12 @@ def gradients(network: nn.Module, image: Tensor) -> dict[str, Tensor]:
 
 
 def hooks(network: nn.Module) -> list[int]:
-    """How many entries each module has in torch's books of forward hooks."""
+    """How many entries each module has in torch's books of forward hooks, and in our taps."""
     return [
         len(value)
         for module in network.modules()
         for key, value in vars(module).items()
-        if key.startswith(("_forward_hooks", "_forward_pre_hooks"))
+        if key.startswith(("_forward_hooks", "_forward_pre_hooks", "taps"))
     ]
 
 
