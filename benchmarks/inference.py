@@ -26,6 +26,7 @@ from tqdm import tqdm
 from monai_unetq.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.intervals import median_interval
 from benchmarks.processors import features, processor_kind, write_page
 
 EXAMPLES = """\
@@ -56,8 +57,6 @@ REFERENCE = "torch float32"
 PEER = "OpenVINO, NNCF"
 IN_TURNS = (PEER, "OpenVINO, ours", "OpenVINO, ours, split")
 """What is compared once more in one process, run by run: processes that run minutes apart meet another load."""
-RESAMPLES = 2000
-"""Of the bootstrap."""
 SLOW = 10.0
 """Seconds; an engine that takes longer runs once in each round."""
 
@@ -458,10 +457,8 @@ def _in_turns(one: Mapping[str, Any]) -> list[str]:
 
 
 def _median(ratios: NDArray[np.floating]) -> str:
-    """The median, and the bootstrap's interval of it."""
-    drawn = np.random.default_rng(0).choice(ratios, (RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
-    return f"{np.median(ratios):.3f} [{low:.3f}, {high:.3f}]"
+    median, low, high = median_interval(ratios)
+    return f"{median:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -38,6 +38,9 @@ from monai_unetq.training import (
     settle_norms,
 )
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.intervals import median_interval
+
 EXAMPLES = """\
 examples:
   python benchmarks/qat_step.py                              batch 4 of 192², instance norm, as many threads as cores
@@ -277,9 +280,10 @@ def measure(
     width: int,
     memory_format: torch.memory_format,
 ) -> dict[str, dict[str, Any]]:
-    """Time all contenders round-robin, so that a drift of the machine's speed meets all of them.
+    """Time all contenders round-robin, each beside a float step of its own, so that the machine's load of the moment meets
+    both.
 
-    Every round begins with another contender. A ratio is taken within its round.
+    Every round begins with another contender, and in every second one the float step comes last. Ratios are of the pairs.
 
     Args:
         contenders: the rows; the first is divided by.
@@ -291,8 +295,8 @@ def measure(
         memory_format: of all networks' weights.
 
     Returns:
-        name → ``seconds`` (one for each round), ``ratio`` (median and quartiles) and ``check``, or ``skipped``
-        with the reason.
+        name → ``seconds`` and ``float_seconds`` (one for each round), ``ratio`` (median, quartiles, and the median's 95 %
+        interval) and ``check``, or ``skipped`` with the reason.
 
     Raises:
         RuntimeError: if a contender does not quantize.
@@ -310,7 +314,7 @@ def measure(
             results[contender.name] = {"skipped": f"not installed (pip install {contender.install}): {error}"}
             continue
         network = network.to(memory_format=memory_format).train()
-        results[contender.name] = {"seconds": []}
+        results[contender.name] = {"seconds": [], "float_seconds": []}
         if contender.levels:
             try:
                 check = check_quantized(network, reference, images, contender.levels)
@@ -319,16 +323,25 @@ def measure(
             results[contender.name]["check"] = check
         training[contender.name] = network, torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
     names = list(training)
+    plain = names[0]
     for index in tqdm(range(-WARMUP_ROUNDS, rounds), desc=f"{norm} norm", unit="round", disable=None):
         first = index % len(names)
         for name in names[first:] + names[:first]:
-            seconds = time_step(*training[name], images, labels)
+            pair = (plain, name) if index % 2 else (name, plain)
+            seconds = {which: time_step(*training[which], images, labels) for which in dict.fromkeys(pair)}
             if index >= 0:
-                results[name]["seconds"].append(seconds)
+                results[name]["seconds"].append(seconds[name])
+                results[name]["float_seconds"].append(seconds[plain])
     for name in names:
-        ratios = np.divide(results[name]["seconds"], results[contenders[0].name]["seconds"])
-        low, median, high = np.percentile(ratios, [25, 50, 75])
-        results[name]["ratio"] = {"median": float(median), "low": float(low), "high": float(high)}
+        ratios = np.divide(results[name]["seconds"], results[name]["float_seconds"])
+        low, high = np.percentile(ratios, [25, 75])
+        median, *interval = median_interval(ratios)
+        results[name]["ratio"] = {
+            "median": median,
+            "low": float(low),
+            "high": float(high),
+            "interval": interval,
+        }
     return results
 
 
@@ -336,7 +349,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     """The results of ``measure`` as lines of text."""
     width = max(len(name) for name in results)
     lines = [
-        f"{'activations/weights':<{width}}  {'ms/step':>8}  {'ratio':>6}  {'middle half':>13}  {'output error':>12}"
+        f"{'activations/weights':<{width}}  {'ms/step':>8}  {'ratio':>6}  {'95 %':>13}  {'middle half':>13}  {'output error':>12}"
     ]
     for name, row in results.items():
         if "skipped" in row:
@@ -344,10 +357,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             continue
         ratio = row["ratio"]
         middle = f"{ratio['low']:.3f}-{ratio['high']:.3f}"
+        sure = "{:.3f}-{:.3f}".format(*ratio["interval"])
         error = f"{100 * row['check']['output_error']:.1f} %" if "check" in row else ""
         milliseconds = 1000 * float(np.median(row["seconds"]))
         lines.append(
-            f"{name:<{width}}  {milliseconds:8.1f}  {ratio['median']:6.3f}  {middle:>13}  {error:>12}".rstrip()
+            f"{name:<{width}}  {milliseconds:8.1f}  {ratio['median']:6.3f}  {sure:>13}  {middle:>13}  {error:>12}".rstrip()
         )
     return "\n".join(lines)
 
@@ -368,7 +382,8 @@ def markdown(document: dict[str, Any], source: str) -> str:
         "",
         f"MONAI BasicUNet, 2D, {network['width']} channels in its first level, {network['parameters']:,} parameters; "
         f"batch of shape {conditions['input_shape']}; {conditions['threads']} threads ({conditions['cpu_capability']}); "
-        f"{conditions['rounds']} rounds. Median ratio to the float step of the same round, and its middle half. "
+        f"{conditions['rounds']} rounds. Median ratio to a float step right before or behind, its 95 % interval (bootstrap), and the "
+        "middle half of the ratios. "
         "Output error: root mean square against the float network before any training.",
     ]
     for norm, results in document["results"].items():
@@ -376,18 +391,18 @@ def markdown(document: dict[str, Any], source: str) -> str:
             "",
             f"## {norm.capitalize()} norm",
             "",
-            "| activations/weights | ms | ratio | middle half | output error |",
+            "| activations/weights | ms | ratio | 95 % | middle half | output error |",
         ]
-        lines.append("|---|---|---|---|---|")
+        lines.append("|---|---|---|---|---|---|")
         for name, row in results.items():
             if "skipped" in row:
-                lines.append(f"| {name} | – | {row['skipped']} | – | – |")
+                lines.append(f"| {name} | – | {row['skipped']} | – | – | – |")
                 continue
             ratio = row["ratio"]
             error = f"{100 * row['check']['output_error']:.1f} %" if "check" in row else "–"
             lines.append(
                 f"| {name} | {1000 * float(np.median(row['seconds'])):.0f} | {ratio['median']:.3f} | "
-                f"{ratio['low']:.3f}–{ratio['high']:.3f} | {error} |"
+                f"{ratio['interval'][0]:.3f}–{ratio['interval'][1]:.3f} | {ratio['low']:.3f}–{ratio['high']:.3f} | {error} |"
             )
     found = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
     return "\n".join([*lines, "", f"Versions: {found}.", ""])

@@ -126,7 +126,8 @@ class _LearnedFakeQuantizeParts(torch.autograd.Function):
             zip(*(t.split(ctx.sizes, ctx.axis) for t in (whole, tensor, quantized)), strict=True)
         ):
             scale, limits = scales[number], ctx.limits[number]
-            both = [grad, *(g for g in [next(beside)] if g is not None)] if ctx.apart[number] else [grad]
+            by_itself = next(beside) if ctx.apart[number] else None
+            both = [grad] if by_itself is None else [grad, by_itself]
             if inside is None:  # to be differentiated once more
                 total = both[0] if len(both) == 1 else both[0] + both[1]
                 gradients.append(_inside(total, x, scale, *limits))
