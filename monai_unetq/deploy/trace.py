@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..formats import QFormat
 from ..layers import QuantizedLayer
@@ -119,8 +120,9 @@ def trace(network: nn.Module, example: Tensor, dynamic: bool = True) -> Trace:
         raise ValueError(
             f"{type(network).__name__} returns more than one tensor: switch its deep supervision off before export"
         )
+    growing = _growing(copied, example) if dynamic else ()
     layers = {name: _prepare(name, layer) for name, layer in quantized_layers(copied).items()}
-    model, free = _export(copied, example, dynamic)
+    model, free = _export(copied, example, [(0, *growing), (0,), ()] if dynamic else [()])
     return Trace(model, {name: layer for name, layer in layers.items() if layer}, plan, free)
 
 
@@ -192,9 +194,11 @@ def _traced_weight(quantizer: Quantizer, weight: Tensor) -> TracedWeight:
     return TracedWeight(codes.astype(np.int32), scale.copy(), quantizer.number_format)
 
 
-def _export(network: nn.Module, example: Tensor, dynamic: bool) -> tuple[onnx.ModelProto, tuple[int, ...]]:
+def _export(
+    network: nn.Module, example: Tensor, tried: list[tuple[int, ...]]
+) -> tuple[onnx.ModelProto, tuple[int, ...]]:
+    """The graph, with the first of the choices of free axes that the exporter takes, and which of these are free in it."""
     free = torch.export.Dim.AUTO
-    tried: list[tuple[int, ...]] = [(0, *range(2, example.dim())), (0,), ()] if dynamic else [()]
     error: Exception | None = None
     for axes in tried:
         # A size of 1 would be taken for a constant.
@@ -217,14 +221,38 @@ def _export(network: nn.Module, example: Tensor, dynamic: bool) -> tuple[onnx.Mo
     raise error
 
 
+def _growing(network: nn.Module, example: Tensor) -> tuple[int, ...]:
+    """Spatial axes along which the network takes twice the size.
+
+    The exporter leaves a name for a size, too, that has one value only, as where patches are told their places. So the
+    network is asked, without computing anything.
+    """
+    axes = tuple(range(2, example.dim()))
+
+    def runs(sizes: list[int]) -> bool:
+        try:
+            with _quietly(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+                network(torch.empty(sizes))
+        except Exception:  # whatever a network says of a size that it does not take
+            return False
+        return True
+
+    sizes = list(example.shape)
+    if not runs(sizes):  # it makes tensors of its own, so it cannot be asked
+        return axes
+    return tuple(axis for axis in axes if runs([*sizes[:axis], 2 * sizes[axis], *sizes[axis + 1 :]]))
+
+
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what the exporter says of its own progress and plans."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    """Without what the exporter says of its own progress and plans, and torch of a size that a network does not take."""
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "torch._subclasses", "onnxscript", "onnx_ir")
+    ]
     levels = [one.level for one in loggers]
     try:
         for one in loggers:
-            one.setLevel(logging.ERROR)
+            one.setLevel(logging.CRITICAL)  # errors are raised, too
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield

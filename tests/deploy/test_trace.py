@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -53,6 +54,31 @@ def test_the_network_is_left_as_it_was() -> None:
     trace(network, torch.rand(1, 1, 32, 32), dynamic=False)
     assert network.training and [type(m) for m in network.modules()] == classes
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+class _Positions(nn.Module):
+    """A convolution of patches that are told their places, as vision transformers do: rows for 4 patches, any width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, 3, 4, stride=4)
+        self.rows = nn.Parameter(torch.randn(1, 3, 4, 1))
+        self.head = nn.Conv2d(3, 2, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        out: Tensor = self.head(self.patches(image) + self.rows)
+        return out
+
+
+@pytest.mark.parametrize(("build", "free"), [(_Positions, (0, 3)), (paper_unet, (0, 2, 3))])
+def test_sizes_are_free_that_the_network_leaves_free(
+    build: Callable[[], nn.Module], free: tuple[int, ...]
+) -> None:
+    image = torch.rand(1, 1, 16, 16)
+    found = trace(quantized(build, tuple(image.shape), False), image)
+    assert found.dynamic == free
+    sizes = found.model.graph.input[0].type.tensor_type.shape.dim
+    assert tuple(axis for axis, size in enumerate(sizes) if size.dim_param) == free
 
 
 def test_what_cannot_be_traced_is_refused() -> None:
