@@ -120,9 +120,8 @@ def trace(network: nn.Module, example: Tensor, dynamic: bool = True) -> Trace:
         raise ValueError(
             f"{type(network).__name__} returns more than one tensor: switch its deep supervision off before export"
         )
-    growing = _growing(copied, example) if dynamic else ()
     layers = {name: _prepare(name, layer) for name, layer in quantized_layers(copied).items()}
-    model, free = _export(copied, example, [(0, *growing), (0,), ()] if dynamic else [()])
+    model, free = _export(copied, example, dynamic)
     return Trace(model, {name: layer for name, layer in layers.items() if layer}, plan, free)
 
 
@@ -194,20 +193,16 @@ def _traced_weight(quantizer: Quantizer, weight: Tensor) -> TracedWeight:
     return TracedWeight(codes.astype(np.int32), scale.copy(), quantizer.number_format)
 
 
-def _export(
-    network: nn.Module, example: Tensor, tried: list[tuple[int, ...]]
-) -> tuple[onnx.ModelProto, tuple[int, ...]]:
-    """The graph, with the first of the choices of free axes that the exporter takes, and which of these are free in it."""
-    free = torch.export.Dim.AUTO
+def _export(network: nn.Module, example: Tensor, dynamic: bool) -> tuple[onnx.ModelProto, tuple[int, ...]]:
+    """The graph with as many free axes as the exporter takes, and which these are."""
     error: Exception | None = None
-    for axes in tried:
+    for shapes in _choices(network, example) if dynamic else [{}]:
         # A size of 1 would be taken for a constant.
-        image = example.repeat_interleave(2, 0) if 0 in axes and example.shape[0] == 1 else example
-        shapes = ({axis: free for axis in axes},) if axes else None
+        image = example.repeat_interleave(2, 0) if 0 in shapes and example.shape[0] == 1 else example
         try:
             with _quietly():
                 program = torch.onnx.export(
-                    network, (image,), dynamo=True, dynamic_shapes=shapes, opset_version=OPSET,
+                    network, (image,), dynamo=True, dynamic_shapes=(shapes,) if shapes else None, opset_version=OPSET,
                     input_names=["image"], output_names=["logits"], verbose=False,
                 )  # fmt: skip
         except Exception as found:  # whatever stops the exporter, fewer free axes may not
@@ -221,26 +216,43 @@ def _export(
     raise error
 
 
-def _growing(network: nn.Module, example: Tensor) -> tuple[int, ...]:
-    """Spatial axes along which the network takes twice the size.
+def _choices(network: nn.Module, example: Tensor) -> Iterator[dict[int, Any]]:
+    """What may be free, in the order to be tried: axis → the exporter's word for its size.
 
     The exporter leaves a name for a size, too, that has one value only, as where patches are told their places. So the
-    network is asked, without computing anything.
+    network is asked, without computing anything, along which axes it takes twice the size. Where branches of different
+    rounding meet (nnU-Net's residual encoder), the exporter only finds them equal if it is told that sizes are multiples
+    of what the network lets them grow by.
     """
-    axes = tuple(range(2, example.dim()))
+    free, sizes = torch.export.Dim, list(example.shape)
+    asked = _takes(network, sizes)  # else it makes tensors of its own, and cannot be asked
 
-    def runs(sizes: list[int]) -> bool:
-        try:
-            with _quietly(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-                network(torch.empty(sizes))
-        except Exception:  # whatever a network says of a size that it does not take
-            return False
-        return True
+    def grows(axis: int, by: int) -> bool:
+        return _takes(network, [*sizes[:axis], sizes[axis] + by, *sizes[axis + 1 :]])
 
-    sizes = list(example.shape)
-    if not runs(sizes):  # it makes tensors of its own, so it cannot be asked
-        return axes
-    return tuple(axis for axis in axes if runs([*sizes[:axis], 2 * sizes[axis], *sizes[axis + 1 :]]))
+    axes = [axis for axis in range(2, example.dim()) if not asked or grows(axis, sizes[axis])]
+    if axes:
+        yield dict.fromkeys((0, *axes), free.AUTO)
+    steps = {}
+    for axis in axes if asked else ():
+        powers = [2**n for n in range(sizes[axis].bit_length() - 1) if sizes[axis] % 2**n == 0]
+        step = next((step for step in powers if grows(axis, step)), None)
+        if step is not None:
+            steps[axis] = step * free(f"size{axis}", min=2)
+    if steps:
+        yield {0: free.AUTO, **steps}
+    yield {0: free.AUTO}
+    yield {}
+
+
+def _takes(network: nn.Module, sizes: list[int]) -> bool:
+    """Whether a network runs on an image of these sizes."""
+    try:
+        with _quietly(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            network(torch.empty(sizes))
+    except Exception:  # whatever a network says of a size that it does not take
+        return False
+    return True
 
 
 @contextlib.contextmanager

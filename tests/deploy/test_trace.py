@@ -70,7 +70,23 @@ class _Positions(nn.Module):
         return out
 
 
-@pytest.mark.parametrize(("build", "free"), [(_Positions, (0, 3)), (paper_unet, (0, 2, 3))])
+class _Rounded(nn.Module):
+    """A strided convolution, ⌈size / 2⌉, and what is pooled beside it, ⌊size / 2⌋, as in nnU-Net's residual encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3, stride=2, padding=1)
+        self.beside = nn.Conv2d(1, 3, 1)
+        self.head = nn.Conv2d(3, 2, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        out: Tensor = self.head(self.conv(image) + self.beside(nn.functional.avg_pool2d(image, 2)))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("build", "free"), [(_Positions, (0, 3)), (paper_unet, (0, 2, 3)), (_Rounded, (0, 2, 3))]
+)
 def test_sizes_are_free_that_the_network_leaves_free(
     build: Callable[[], nn.Module], free: tuple[int, ...]
 ) -> None:
